@@ -1,1 +1,30 @@
-//! lina-comm
+//! Collectives for training with expert parallelism, ordered by the brain (`lina-plan`).
+//!
+//! A rank's compute thread owns one [`Comm`]. It announces its work, hands over all-to-alls and gradients, and
+//! waits where it needs data. What launches when is decided by a [`lina_plan::Sequencer`] and carried out by one of
+//! three bodies behind the same handle:
+//!
+//! - [`emulated`]: threads of one process on *virtual* time; real data, emulated compute rate and links;
+//! - [`local`]: threads of one process at full speed, one communication thread a rank;
+//! - [`Comm::solo`]: one rank, nothing to exchange.
+//!
+//! The crate knows nothing of models: any program can hand it buffers and gradients (see `examples/own_buffers.rs`).
+
+mod buffer;
+mod comm;
+mod error;
+mod exchange;
+mod recorder;
+mod solo;
+mod stats;
+mod trace;
+mod work;
+
+pub use buffer::SharedBuffer;
+pub use comm::{Comm, GradientRegion, Ticket};
+pub use error::CommError;
+pub use exchange::Exchange;
+pub use lina_plan::{AllToAllKind, Direction, GroupId, Leg, MoeShape, Nanos, WeightGradients};
+pub use stats::StepStats;
+pub use trace::{Lane, Span};
+pub use work::{Work, WorkKind};

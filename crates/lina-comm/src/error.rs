@@ -1,0 +1,26 @@
+//! Why communication ended early. Failures are values: every rank gets one, with the culprit's name.
+
+use thiserror::Error;
+
+/// A failure of the job's communication, the same on all ranks.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum CommError {
+    /// A rank panicked, failed or was killed.
+    #[error("rank {rank} failed: {reason}")]
+    RankFailed {
+        /// The rank that failed first.
+        rank: usize,
+        /// What it said.
+        reason: String,
+    },
+    /// A rank did not take part for the set time.
+    #[error("rank {rank} has been silent for {seconds} s while the others waited for {operation}")]
+    RankSilent {
+        /// The rank that the others wait for.
+        rank: usize,
+        /// The limit that was exceeded.
+        seconds: u64,
+        /// What the others wait for.
+        operation: String,
+    },
+}
