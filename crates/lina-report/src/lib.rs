@@ -1,1 +1,25 @@
-//! lina-report
+//! What people see of a run: the trace, the report, tables, progress and metrics.
+//!
+//! This crate only presents. Its inputs are plain structs that a caller fills, so it knows nothing of models, policies
+//! or engines, and can be tested without them. Whatever was timed on a virtual clock is called emulated wherever it is
+//! shown.
+
+mod error;
+mod files;
+mod format;
+mod html;
+mod metrics;
+mod policy;
+mod progress;
+mod table;
+mod trace;
+
+pub use error::ReportError;
+pub use html::{
+    ExpertLoad, LayerLoad, LossCurve, PolicyComparison, Report, RunFacts, StepTime, Timeline,
+};
+pub use metrics::MetricsWriter;
+pub use policy::{PolicyRow, policy_table};
+pub use progress::{Progress, StepProgress};
+pub use table::{Align, Table};
+pub use trace::{Lane, TraceFacts, TraceSpan, TraceWriter};
