@@ -10,18 +10,28 @@
 //!
 //! The crate knows nothing of models: any program can hand it buffers and gradients (see `examples/own_buffers.rs`).
 
+mod bound;
 mod buffer;
 mod comm;
+mod delay;
+mod driver;
+pub mod emulated;
 mod error;
 mod exchange;
+pub mod local;
 mod recorder;
 mod solo;
 mod stats;
+mod threaded;
 mod trace;
+mod transfer;
+mod wire;
 mod work;
 
+pub use bound::StepBound;
 pub use buffer::SharedBuffer;
 pub use comm::{Comm, GradientRegion, Ticket};
+pub use delay::Delays;
 pub use error::CommError;
 pub use exchange::Exchange;
 pub use lina_plan::{AllToAllKind, Direction, GroupId, Leg, MoeShape, Nanos, WeightGradients};

@@ -1,0 +1,331 @@
+//! The engine between threads of one process, at full speed.
+//!
+//! Ranks meet at a hub. When the last member of a collective arrives, it cuts the collective into independent parts
+//! (an all-to-all by destination, an allreduce by element range: a direct reduce-scatter and all-gather), and the
+//! members' communication threads take parts until none is left. Buffers are handed over by ownership, so nothing
+//! here needs `unsafe`.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use lina_plan::{Launch, PolicyRules, share_range};
+
+use crate::delay::Delays;
+use crate::driver::{Operation, Reduction};
+use crate::threaded::{Engine, Finished, Mailbox, ThreadConfig, ThreadedPort};
+use crate::transfer::{receive, sum_control, sum_pieces};
+use crate::wire::{CHANNELS, Channel, CollectiveId};
+use crate::{Comm, CommError, Exchange};
+
+/// What a process-local job is made of.
+#[derive(Clone, Debug)]
+pub struct LocalConfig {
+    /// Number of ranks.
+    pub ranks: usize,
+    /// Members of each reduction group; group 0 is all ranks.
+    pub groups: Vec<Vec<usize>>,
+    /// How long the others wait for a rank before the job ends.
+    pub timeout: Duration,
+    /// Random delays of every piece of work, for stress tests.
+    pub delays: Option<Delays>,
+    /// Whether launches are kept for [`LocalJob::launch_logs`].
+    pub log_launches: bool,
+}
+
+/// Ranks as threads of this process.
+pub struct LocalJob {
+    mailboxes: Arc<Vec<Arc<Mailbox>>>,
+}
+
+impl LocalJob {
+    /// Starts the communication threads and returns the ranks' handles, one for each compute thread, under `rules`.
+    ///
+    /// # Errors
+    /// If a thread cannot be started.
+    pub fn start(config: LocalConfig, rules: PolicyRules) -> io::Result<(LocalJob, Vec<Comm>)> {
+        let mailboxes: Arc<Vec<Arc<Mailbox>>> =
+            Arc::new((0..config.ranks).map(|_| Arc::new(Mailbox::new())).collect());
+        let groups = Arc::new(config.groups);
+        let hub = Arc::new(Hub {
+            state: Mutex::default(),
+            mailboxes: Arc::clone(&mailboxes),
+            groups: Arc::clone(&groups),
+            timeout: config.timeout,
+        });
+        let epoch = Instant::now();
+        let mut comms = Vec::with_capacity(config.ranks);
+        for rank in 0..config.ranks {
+            let thread = ThreadConfig {
+                rank,
+                epoch,
+                groups: Arc::clone(&groups),
+                log_launches: config.log_launches,
+                delays: config.delays,
+            };
+            let hub = Arc::clone(&hub);
+            let engine = move || LocalEngine { hub, rank, started: [0; CHANNELS], under_way: Default::default() };
+            let port = ThreadedPort::start(thread, Arc::clone(&mailboxes[rank]), engine)?;
+            comms.push(Comm::new(Box::new(port), rank, config.ranks, rules, &groups));
+        }
+        Ok((LocalJob { mailboxes }, comms))
+    }
+
+    /// Takes each rank's launches, with their step, in order.
+    pub fn launch_logs(&self) -> Vec<Vec<(u64, Launch)>> {
+        self.mailboxes.iter().map(|mailbox| mailbox.take_log()).collect()
+    }
+}
+
+struct Hub {
+    state: Mutex<HubState>,
+    mailboxes: Arc<Vec<Arc<Mailbox>>>,
+    groups: Arc<Vec<Vec<usize>>>,
+    timeout: Duration,
+}
+
+#[derive(Default)]
+struct HubState {
+    collectives: BTreeMap<CollectiveId, Collective>,
+    failure: Option<CommError>,
+}
+
+struct Collective {
+    members: Vec<usize>,
+    arrived: Vec<(usize, Operation)>,
+    /// All members have arrived.
+    complete: bool,
+    first_arrival: Instant,
+    begin: Instant,
+    /// Parts that nobody has taken yet.
+    parts: Vec<Part>,
+    /// Parts taken or to be taken, not yet done.
+    parts_left: usize,
+    done: Vec<Part>,
+    /// Send buffers of an all-to-all, by rank, while its parts are copied.
+    sends: Option<Arc<Vec<Exchange>>>,
+    /// Indices of the members' all-to-alls, to give back.
+    indices: Vec<u32>,
+    /// Finished operations, by member, until fetched.
+    results: Vec<Option<Finished>>,
+    fetched: usize,
+}
+
+/// An independent part of a collective.
+enum Part {
+    /// Fill the receive buffer of `destination`.
+    Receive { destination: usize, recv: Vec<f32>, sends: Arc<Vec<Exchange>> },
+    /// Sum one element range of every member.
+    Sum { range: usize, reductions: Vec<Reduction> },
+}
+
+impl Part {
+    fn run(&mut self) {
+        match self {
+            Part::Receive { destination, recv, sends } => receive(sends, *destination, recv),
+            Part::Sum { reductions, .. } => sum_pieces(reductions),
+        }
+    }
+}
+
+impl Hub {
+    fn lock(&self) -> MutexGuard<'_, HubState> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn poke(&self, ranks: &[usize]) {
+        for &rank in ranks {
+            self.mailboxes[rank].poke();
+        }
+    }
+
+    /// A member arrives; the last one cuts the collective into parts.
+    fn arrive(&self, id: CollectiveId, rank: usize, operation: Operation) {
+        let members = match &operation {
+            Operation::AllReduce(reduction) => self.groups[reduction.group.0 as usize].clone(),
+            Operation::AllToAll { .. } | Operation::Control(_) => self.groups[0].clone(),
+        };
+        let mut state = self.lock();
+        let collective = state.collectives.entry(id).or_insert_with(|| Collective {
+            arrived: Vec::with_capacity(members.len()),
+            complete: false,
+            first_arrival: Instant::now(),
+            begin: Instant::now(),
+            parts: Vec::new(),
+            parts_left: 0,
+            done: Vec::new(),
+            sends: None,
+            indices: Vec::new(),
+            results: Vec::new(),
+            fetched: 0,
+            members,
+        });
+        collective.arrived.push((rank, operation));
+        if collective.arrived.len() == collective.members.len() {
+            collective.complete = true;
+            collective.begin = Instant::now();
+            collective.cut();
+            let members = collective.members.clone();
+            drop(state);
+            self.poke(&members);
+        }
+    }
+
+    /// Takes parts of `id` and runs them until none is left. Returns the rank's result when all parts are done.
+    fn help(&self, id: CollectiveId, rank: usize) -> Option<(Instant, Finished)> {
+        let mut state = self.lock();
+        loop {
+            let collective = state.collectives.get_mut(&id)?;
+            let Some(mut part) = collective.parts.pop() else { break };
+            drop(state);
+            part.run();
+            state = self.lock();
+            let collective = state.collectives.get_mut(&id)?;
+            collective.done.push(part);
+            collective.parts_left -= 1;
+            if collective.parts_left == 0 {
+                collective.join();
+                let members = collective.members.clone();
+                self.poke(&members);
+            }
+        }
+        let collective = state.collectives.get_mut(&id)?;
+        let member = collective.members.binary_search(&rank).ok()?;
+        let result = collective.results.get_mut(member)?.take()?;
+        let begin = collective.begin;
+        collective.fetched += 1;
+        if collective.fetched == collective.members.len() {
+            state.collectives.remove(&id);
+        }
+        Some((begin, result))
+    }
+
+    /// Whether the job has failed, or a rank that others wait for has been silent for too long.
+    fn check(&self) -> Result<(), CommError> {
+        let mut state = self.lock();
+        if state.failure.is_none() {
+            let late = state.collectives.iter().find(|(_, collective)| {
+                !collective.complete
+                    && collective.first_arrival.elapsed() > self.timeout
+            });
+            if let Some((id, collective)) = late {
+                let here = |rank: &usize| collective.arrived.iter().any(|(arrived, _)| arrived == rank);
+                let rank = collective.members.iter().copied().find(|rank| !here(rank)).unwrap_or(0);
+                let (seconds, operation) = (self.timeout.as_secs(), id.channel.name().to_owned());
+                state.failure = Some(CommError::RankSilent { rank, seconds, operation });
+            }
+        }
+        state.failure.clone().map_or(Ok(()), Err)
+    }
+}
+
+impl Collective {
+    fn cut(&mut self) {
+        self.arrived.sort_by_key(|(rank, _)| *rank);
+        let n = self.members.len();
+        let mut exchanges = Vec::new();
+        let mut reductions = Vec::new();
+        let mut controls = Vec::new();
+        for (_, operation) in self.arrived.drain(..) {
+            match operation {
+                Operation::AllToAll { index, exchange } => {
+                    self.indices.push(index);
+                    exchanges.push(exchange);
+                }
+                Operation::AllReduce(reduction) => reductions.push(reduction),
+                Operation::Control(values) => controls.push(values),
+            }
+        }
+        if !exchanges.is_empty() {
+            let receives: Vec<Vec<f32>> = exchanges.iter_mut().map(|x| std::mem::take(&mut x.recv)).collect();
+            let sends = Arc::new(exchanges);
+            self.parts = (receives.into_iter().enumerate())
+                .map(|(destination, recv)| Part::Receive { destination, recv, sends: Arc::clone(&sends) })
+                .collect();
+            self.sends = Some(sends);
+        } else if !reductions.is_empty() {
+            let elements = reductions[0].elements;
+            self.parts = (0..n)
+                .map(|range| {
+                    let len = share_range(elements, n, range).len();
+                    let reductions = reductions.iter_mut().map(|reduction| reduction.split_front(len)).collect();
+                    Part::Sum { range, reductions }
+                })
+                .collect();
+        } else {
+            let sum = sum_control(controls.into_iter());
+            self.results = (0..n).map(|_| Some(Finished::Control(sum.clone()))).collect();
+        }
+        self.parts_left = self.parts.len();
+    }
+
+    /// All parts are done: makes each member's result of them.
+    fn join(&mut self) {
+        let mut receives: Vec<(usize, Vec<f32>)> = Vec::new();
+        let mut ranges: Vec<(usize, Vec<Reduction>)> = Vec::new();
+        for part in self.done.drain(..) {
+            match part {
+                Part::Receive { destination, recv, .. } => receives.push((destination, recv)),
+                Part::Sum { range, reductions } => ranges.push((range, reductions)),
+            }
+        }
+        if let Some(sends) = self.sends.take() {
+            receives.sort_by_key(|(destination, _)| *destination);
+            let exchanges = Arc::into_inner(sends).expect("every part that read the sends is done");
+            self.results = (exchanges.into_iter().zip(receives).zip(&self.indices))
+                .map(|((mut exchange, (_, recv)), &index)| {
+                    exchange.recv = recv;
+                    Some(Finished::AllToAll { index, exchange })
+                })
+                .collect();
+        } else {
+            ranges.sort_by_key(|(range, _)| *range);
+            let whole = ranges.into_iter().map(|(_, parts)| parts).reduce(|mut whole, parts| {
+                whole.iter_mut().zip(parts).for_each(|(whole, part)| whole.append(part));
+                whole
+            });
+            let whole = whole.expect("an allreduce has a part for each member");
+            self.results = whole.into_iter().map(|reduction| Some(Finished::AllReduce(reduction))).collect();
+        }
+    }
+}
+
+struct LocalEngine {
+    hub: Arc<Hub>,
+    rank: usize,
+    /// Operations started, by channel.
+    started: [u64; CHANNELS],
+    /// Operations not yet finished, by channel, oldest first.
+    under_way: [VecDeque<CollectiveId>; CHANNELS],
+}
+
+impl Engine for LocalEngine {
+    fn start(&mut self, operation: Operation) {
+        let channel = operation.channel();
+        let id = CollectiveId { channel, sequence: self.started[channel as usize] };
+        self.started[channel as usize] += 1;
+        self.under_way[channel as usize].push_back(id);
+        self.hub.arrive(id, self.rank, operation);
+    }
+
+    fn skip(&mut self, channel: Channel) {
+        self.started[channel as usize] += 1;
+    }
+
+    fn poll(&mut self, finished: &mut Vec<(Instant, Finished)>) -> Result<(), CommError> {
+        for channel in &mut self.under_way {
+            while let Some(&id) = channel.front() {
+                let Some(result) = self.hub.help(id, self.rank) else { break };
+                finished.push(result);
+                channel.pop_front();
+            }
+        }
+        self.hub.check()
+    }
+
+    fn fail(&mut self, failure: CommError) {
+        self.hub.lock().failure.get_or_insert(failure);
+        self.hub.poke(&self.hub.groups[0]);
+    }
+}
