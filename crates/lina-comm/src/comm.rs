@@ -172,6 +172,16 @@ impl Comm {
         self.port.submit(Submission::BeginStep { step, rules: self.rules, plan })
     }
 
+    /// Begins forward passes without gradients, between two steps; end with [`end_step`](Self::end_step). The plan
+    /// of the next step stands.
+    ///
+    /// # Errors
+    /// If the job has failed elsewhere.
+    pub fn begin_evaluation(&mut self, step: u64) -> Result<(), CommError> {
+        self.all_to_alls = 0;
+        self.port.submit(Submission::BeginStep { step, rules: self.rules, plan: GapPlan::default() })
+    }
+
     /// Begins a micro-batch; `last` if it is the step's last one, whose gradients are reduced.
     ///
     /// # Errors

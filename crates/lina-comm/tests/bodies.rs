@@ -50,7 +50,7 @@ fn local(ranks: usize, delays: Option<Delays>, timeout: Duration, policy: Policy
 
 /// Sends `source * 100 + destination` to each rank, a number of times that depends on both, sometimes never.
 fn exchange(comm: &mut Comm, kind: AllToAllKind) -> Result<Ticket, CommError> {
-    let elements = |source: usize, destination: usize| (source * 3 + destination * 5 + kind.layer as usize) % 7 * 40;
+    let elements = |source: usize, destination: usize| (source * 3 + destination * 5 + kind.layer as usize) % 7 * 40 / kind.chunks as usize;
     let (me, ranks) = (comm.rank(), comm.ranks());
     let send_elements: Vec<usize> = (0..ranks).map(|destination| elements(me, destination)).collect();
     let recv_elements: Vec<usize> = (0..ranks).map(|source| elements(source, me)).collect();
@@ -83,7 +83,7 @@ fn moe_layer(comm: &mut Comm, direction: Direction, layer: u32) -> Result<(), Co
     let mut seconds = Vec::new();
     for (chunk, ticket) in (0..).zip(firsts) {
         check_received(comm, ticket)?;
-        work(comm, WorkKind::ExpertFfn, layer, 20_000)?;
+        work(comm, WorkKind::ExpertFfn, layer, 20_000 / u64::from(chunks))?;
         seconds.push(exchange(comm, kind(second, chunk))?);
     }
     seconds.into_iter().try_for_each(|ticket| check_received(comm, ticket))
@@ -114,7 +114,7 @@ fn train(comm: &mut Comm, steps: u64, fail_at: Option<(usize, u64)>) -> Result<V
                     (&mut expert, range)
                 });
                 comm.reduce_gradient(GradientRegion { group: GroupId(1), elements: REPLICATED, local })?;
-                work(comm, WorkKind::Attention, layer, 60_000)?;
+                work(comm, WorkKind::Attention, layer, 200_000)?;
                 let range = place * GRADIENT..(place + 1) * GRADIENT;
                 dense.range_mut(range.clone()).iter_mut().enumerate().for_each(|(i, x)| *x = (me * 1000 + i) as f32);
                 let local = Some((&mut dense, range));

@@ -34,6 +34,8 @@ pub enum Leg {
     Dispatch,
     /// Expert outputs back to their tokens, or gradients out along the same way.
     Combine,
+    /// Experts' parameters to the rank that writes a checkpoint, between steps.
+    Parameters,
 }
 
 /// What one all-to-all micro-op carries.
@@ -67,6 +69,7 @@ impl AllToAllKind {
     pub fn name(&self) -> &'static str {
         match (self.direction, self.leg) {
             (_, Leg::Counts) => "token counts",
+            (_, Leg::Parameters) => "parameters",
             (Direction::Forward, Leg::Dispatch) => "dispatch",
             (Direction::Forward, Leg::Combine) => "combine",
             (Direction::Backward, Leg::Combine) => "combine backward",
