@@ -1,1 +1,43 @@
-//! lina-model
+//! Configuration, weights, Hugging Face checkpoints, and the explicit forward and backward of decoders with
+//! Mixture-of-Experts layers, over preallocated buffers and with expert parallelism.
+//!
+//! | question | answered by |
+//! |---|---|
+//! | what is a model? | [`ModelConfig`]; [`ModelSection`] and `config.json` fill it in |
+//! | where is a parameter? | [`ParameterLayout`] |
+//! | how do weights get in and out? | [`Checkpoint`], [`FolderWriter`] |
+//! | what does a pass compute, in which order? | [`Model`] (`decoder`), with `attention`, `ffn`, `moe` |
+//! | which token's row goes where? | `routing` |
+//! | how much memory does a rank need? | [`memory_plan`] |
+//!
+//! The crate hands all-to-alls and gradients to a [`lina_comm::Comm`] and is told by it how many pipeline chunks to
+//! make and where weight gradients stand. It knows neither the policy that decides so nor the engine that carries it
+//! out.
+
+mod attention;
+mod batch;
+mod checkpoint;
+mod config;
+mod decoder;
+mod exchanges;
+mod experts;
+mod ffn;
+mod initial;
+mod jitter;
+mod memory;
+mod moe;
+mod norm;
+mod params;
+mod pass;
+mod routing;
+
+pub use batch::{Batch, ForwardOutput, StepContext, StepError};
+pub use checkpoint::{Checkpoint, CheckpointError, FolderWriter};
+pub use config::{
+    AuxLoss, ConfigError, FfnKind, ModelConfig, ModelKind, ModelSection, NormKind, PositionKind, QkNorm, RouterConfig,
+    Sizes, SpecialTokens,
+};
+pub use decoder::{Model, ModelLimits};
+pub use memory::{MemoryPart, memory_plan};
+pub use moe::{LayerRouting, RouterLosses};
+pub use params::{Buffer, Parameter, ParameterLayout, Parameters, Place};

@@ -1,0 +1,348 @@
+//! The decoder: embedding, layers of attention and feed-forward, head and loss, and the way back.
+
+use lina_comm::{Comm, CommError, WorkKind};
+use lina_kernels::{self as kernels, Compute, IGNORED, Mat, MatMut, RotaryTable};
+use lina_plan::ExpertLayout;
+
+use crate::attention::{Attention, AttentionScratch};
+use crate::batch::{Batch, ForwardOutput, LoadedBatch, StepContext, StepError};
+use crate::config::{ConfigError, ModelConfig, PositionKind};
+use crate::ffn::{DenseFfn, DenseFfnPlaces};
+use crate::moe::{LayerRouting, Moe, MoeShared};
+use crate::norm::Norm;
+use crate::params::{FeedForwardMatrices, LayerPlaces, ParameterLayout, Parameters};
+use crate::pass::{Pass, product_flops};
+
+/// Sizes that buffers are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModelLimits {
+    /// Most local tokens of a pass.
+    pub max_tokens: usize,
+    /// Longest sequence.
+    pub max_sequence_tokens: usize,
+    /// Most rows that routing may send to this rank's experts in one layer. Without a limit, the worst case is every
+    /// assignment of every rank: `ranks * max_tokens * top_k` rows.
+    pub max_expert_rows: Option<usize>,
+}
+
+/// One rank's part of a decoder: its weights, their gradients, and the activations of the pass under way.
+///
+/// Gradients are of the mean cross-entropy over the step's targets plus the router losses: each rank computes its
+/// tokens' part, and the reduction sums. A first micro-batch overwrites them, later ones add.
+pub struct Model {
+    config: ModelConfig,
+    experts: ExpertLayout,
+    layout: ParameterLayout,
+    limits: ModelLimits,
+    compute: Compute,
+    parameters: Parameters,
+    batch: LoadedBatch,
+    step: StepContext,
+    rotary: Option<RotaryTable>,
+    layers: Vec<Layer>,
+    /// `[max_tokens, hidden]` each: the residual stream before each sub-layer and at the end.
+    residual: Vec<Vec<f32>>,
+    final_norm: Norm,
+    /// `[max_tokens, vocab]`: logits, or in training their gradient.
+    logits: Vec<f32>,
+    /// `[max_tokens]`.
+    losses: Vec<f32>,
+    /// `[max_tokens, hidden]`: gradient of the residual stream.
+    grad: Vec<f32>,
+    /// `[max_tokens, hidden]`: gradient of a norm's output.
+    grad_normed: Vec<f32>,
+    attention: AttentionScratch,
+    moe: MoeShared,
+}
+
+struct Layer {
+    attention: Attention,
+    feed_forward: FeedForward,
+}
+
+enum FeedForward {
+    Moe(Moe),
+    Dense(DenseFfn),
+}
+
+impl Model {
+    /// A model of zeros on `rank` of `experts`' ranks; initialise or load its [`parameters`](Self::parameters_mut).
+    ///
+    /// # Errors
+    /// If the configuration is not valid, the layout is for another number of experts, or sequences may be longer
+    /// than the model has positions.
+    pub fn new(
+        config: ModelConfig,
+        experts: ExpertLayout,
+        rank: usize,
+        compute: Compute,
+        limits: ModelLimits,
+    ) -> Result<Self, ConfigError> {
+        config.validate("model")?;
+        let error = |message: String| Err(ConfigError { place: "model".to_string(), message });
+        if experts.experts() != config.experts {
+            return error(format!("a layout of {} experts, expected {}", experts.experts(), config.experts));
+        }
+        if rank >= experts.ranks() {
+            return error(format!("rank {rank}, expected one below {}", experts.ranks()));
+        }
+        if limits.max_sequence_tokens > config.max_positions {
+            return error(format!(
+                "sequences of {} tokens, expected at most max_positions = {}",
+                limits.max_sequence_tokens, config.max_positions
+            ));
+        }
+        let layout = ParameterLayout::new(&config, experts.held_by(rank));
+        let max_tokens = limits.max_tokens;
+        let rows_limit = limits.max_expert_rows.unwrap_or(usize::MAX);
+        let rotary = match config.position {
+            PositionKind::Rotary { theta } => {
+                Some(RotaryTable::new(config.head_dim, limits.max_sequence_tokens, theta))
+            }
+            PositionKind::Learned => None,
+        };
+        let layers = (0..config.layers).map(|layer| Layer {
+            attention: Attention::new(&config, layer, max_tokens),
+            feed_forward: if config.is_moe(layer) {
+                FeedForward::Moe(Moe::new(&config, layer, max_tokens))
+            } else {
+                FeedForward::Dense(DenseFfn::new(&config, layer, max_tokens))
+            },
+        });
+        let stream = || vec![0.0; max_tokens * config.hidden];
+        Ok(Model {
+            parameters: Parameters::zeros(&layout),
+            batch: LoadedBatch::with_capacity(max_tokens),
+            step: StepContext::evaluation(),
+            rotary,
+            layers: layers.collect(),
+            residual: (0..=2 * config.layers).map(|_| stream()).collect(),
+            final_norm: Norm::new(&config, max_tokens),
+            logits: vec![0.0; max_tokens * config.vocab],
+            losses: vec![0.0; max_tokens],
+            grad: stream(),
+            grad_normed: stream(),
+            attention: AttentionScratch::new(&config, max_tokens),
+            moe: MoeShared::new(&config, &experts, rank, max_tokens, rows_limit),
+            config,
+            experts,
+            layout,
+            limits,
+            compute,
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Which rank holds which experts.
+    pub fn expert_layout(&self) -> &ExpertLayout {
+        &self.experts
+    }
+
+    /// Where parameters lie in [`parameters`](Self::parameters).
+    pub fn layout(&self) -> &ParameterLayout {
+        &self.layout
+    }
+
+    /// The threads that this rank computes with.
+    pub fn compute(&self) -> &Compute {
+        &self.compute
+    }
+
+    /// This rank's parameters and gradients.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// As [`parameters`](Self::parameters), to write.
+    pub fn parameters_mut(&mut self) -> &mut Parameters {
+        &mut self.parameters
+    }
+
+    /// Everything that an update of the parameters needs.
+    pub fn for_update(&mut self) -> (&Compute, &ParameterLayout, &mut Parameters) {
+        (&self.compute, &self.layout, &mut self.parameters)
+    }
+
+    /// How `layer` routed the last forward's tokens; `None` if it has no experts.
+    pub fn routing(&self, layer: usize) -> Option<LayerRouting<'_>> {
+        match &self.layers[layer].feed_forward {
+            FeedForward::Moe(moe) => Some(moe.routing(&self.moe.routes)),
+            FeedForward::Dense(_) => None,
+        }
+    }
+
+    /// Logits of the last forward, `[tokens, vocab]`; `None` if it was for training, which replaces them.
+    pub fn logits(&self) -> Option<&[f32]> {
+        (!self.step.training).then(|| &self.logits[..self.batch.tokens() * self.config.vocab])
+    }
+
+    /// Runs a batch: losses, and in training everything that [`backward`](Self::backward) needs. All ranks call it
+    /// together, those without tokens too.
+    ///
+    /// # Errors
+    /// If the batch does not fit the model, routing exceeds the limit of rows, or the job fails.
+    pub fn forward(
+        &mut self,
+        comm: &mut Comm,
+        batch: Batch<'_>,
+        step: StepContext,
+    ) -> Result<ForwardOutput, StepError> {
+        self.batch.load(batch, &self.config, self.limits.max_tokens, self.limits.max_sequence_tokens)?;
+        self.step = step;
+        let Model { config, layout, compute, parameters, batch, residual, layers, moe, rotary, .. } = self;
+        let mut pass = Pass { compute, config, batch, step, comm, accumulate: false };
+        let elements = pass.tokens() * config.hidden;
+        let dense = &parameters.dense;
+
+        pass.work(WorkKind::Embedding, None, 0)?;
+        let embedded = &mut residual[0][..elements];
+        kernels::embedding_forward(compute, &dense[layout.embedding.clone()], &pass.batch.input, embedded);
+        if let Some(positions) = &layout.positions {
+            // With one row per token, the sum of a token's rows is its position's vector.
+            let table = &dense[positions.clone()];
+            kernels::gather_backward(compute, table, config.hidden, &pass.batch.positions, embedded);
+        }
+
+        for (number, (layer, places)) in layers.iter_mut().zip(&layout.layers).enumerate() {
+            let [x, middle, y] = &mut residual[2 * number..2 * number + 3] else { unreachable!("three of a slice") };
+            let (x, middle, y) = (&x[..elements], &mut middle[..elements], &mut y[..elements]);
+            layer.attention.forward(&mut pass, rotary.as_ref(), &places.attention, dense, x, middle)?;
+            match &mut layer.feed_forward {
+                FeedForward::Moe(layer) => {
+                    layer.forward(&mut pass, moe, layout, &places.feed_forward, parameters, middle, y)?;
+                }
+                FeedForward::Dense(layer) => {
+                    let places = dense_places(places);
+                    layer.forward(&mut pass, &mut moe.ffn, &places, dense, middle, y)?;
+                }
+            }
+        }
+        self.forward_head(comm)
+    }
+
+    fn forward_head(&mut self, comm: &mut Comm) -> Result<ForwardOutput, StepError> {
+        let Model { config, layout, compute, parameters, batch, residual, layers, step, .. } = self;
+        let (tokens, hidden, vocab) = (batch.tokens(), config.hidden, config.vocab);
+        let mut pass = Pass { compute, config, batch, step: *step, comm, accumulate: false };
+        pass.work(WorkKind::Head, None, product_flops(tokens, vocab, hidden))?;
+        let x = &residual[2 * config.layers][..tokens * hidden];
+        self.final_norm.forward(&pass, &layout.final_norm, &parameters.dense, x);
+        let normed = Mat::new(self.final_norm.output(tokens), tokens, hidden);
+        let weight = Mat::new(&parameters.dense[layout.lm_head.clone()], vocab, hidden);
+        let logits = &mut self.logits[..tokens * vocab];
+        kernels::matmul(compute, MatMut::new(logits, tokens, vocab), normed, weight.t(), false);
+        let (target, losses) = (&pass.batch.target, &mut self.losses[..tokens]);
+        if step.training {
+            let scale = step.loss_scale() as f32;
+            kernels::cross_entropy_forward_backward(compute, logits, target, scale, losses);
+        } else {
+            kernels::cross_entropy_forward(compute, logits, target, losses);
+        }
+
+        let mut output = ForwardOutput {
+            loss_sum: losses.iter().map(|&loss| f64::from(loss)).sum(),
+            target_tokens: target.iter().filter(|&&target| target != IGNORED).count() as u64,
+            ..ForwardOutput::default()
+        };
+        for layer in layers {
+            if let FeedForward::Moe(moe) = &layer.feed_forward {
+                let (dropped, loss) = moe.outcome(config);
+                output.dropped_assignments += dropped;
+                output.router_loss += loss / step.micro_batches as f64;
+            }
+        }
+        Ok(output)
+    }
+
+    /// Gradients of the last training forward; each sub-layer's are handed to `comm` as soon as they are final. With
+    /// `accumulate` they are added to what is there, else they replace it.
+    ///
+    /// # Errors
+    /// If the job fails.
+    ///
+    /// # Panics
+    /// If the last forward was not for training: its logits are no gradient.
+    pub fn backward(&mut self, comm: &mut Comm, accumulate: bool) -> Result<(), CommError> {
+        assert!(self.step.training, "backward follows a forward for training");
+        let Model { config, layout, compute, parameters, batch, residual, layers, moe, rotary, step, .. } = self;
+        let (tokens, hidden, vocab) = (batch.tokens(), config.hidden, config.vocab);
+        let elements = tokens * hidden;
+        let mut pass = Pass { compute, config, batch, step: *step, comm, accumulate };
+        let grad = &mut self.grad[..elements];
+        let grad_normed = &mut self.grad_normed[..elements];
+
+        pass.work(WorkKind::Head, None, 2 * product_flops(tokens, vocab, hidden))?;
+        let Parameters { dense, dense_gradients, .. } = parameters;
+        let grad_logits = Mat::new(&self.logits[..tokens * vocab], tokens, vocab);
+        let normed = Mat::new(self.final_norm.output(tokens), tokens, hidden);
+        let weight_gradient = MatMut::new(dense_gradients.range_mut(layout.lm_head.clone()), vocab, hidden);
+        kernels::matmul(compute, weight_gradient, grad_logits.t(), normed, accumulate);
+        let weight = Mat::new(&dense[layout.lm_head.clone()], vocab, hidden);
+        kernels::matmul(compute, MatMut::new(grad_normed, tokens, hidden), grad_logits, weight, false);
+        grad.fill(0.0);
+        let x = &residual[2 * config.layers][..elements];
+        self.final_norm.backward(&pass, &layout.final_norm, dense, dense_gradients, x, grad_normed, grad);
+        pass.reduce_dense(dense_gradients, &layout.head_slice)?;
+
+        for (number, (layer, places)) in layers.iter_mut().zip(&layout.layers).enumerate().rev() {
+            let (x, middle) = (&residual[2 * number][..elements], &residual[2 * number + 1][..elements]);
+            match &mut layer.feed_forward {
+                FeedForward::Moe(layer) => {
+                    let places = &places.feed_forward;
+                    layer.backward(&mut pass, moe, grad_normed, layout, places, parameters, middle, grad)?;
+                }
+                FeedForward::Dense(layer) => {
+                    let Parameters { dense, dense_gradients, .. } = &mut *parameters;
+                    let (places, scratch) = (dense_places(places), &mut moe.ffn);
+                    layer.backward(&mut pass, scratch, grad_normed, &places, dense, dense_gradients, middle, grad)?;
+                }
+            }
+            let Parameters { dense, dense_gradients, .. } = &mut *parameters;
+            layer.attention.backward(
+                &mut pass,
+                &mut self.attention,
+                grad_normed,
+                rotary.as_ref(),
+                &places.attention,
+                dense,
+                dense_gradients,
+                x,
+                grad,
+            )?;
+        }
+
+        pass.work(WorkKind::Embedding, None, 0)?;
+        let gradients = &mut parameters.dense_gradients;
+        if let Some(positions) = &layout.positions {
+            let table = gradients.range_mut(positions.clone());
+            if !accumulate {
+                table.fill(0.0);
+            }
+            kernels::embedding_backward(compute, grad, &pass.batch.positions, table);
+        }
+        if let Some(padding) = config.special_tokens.padding {
+            let rows = grad.chunks_exact_mut(hidden).zip(&pass.batch.input);
+            rows.filter(|(_, id)| **id == padding).for_each(|(row, _)| row.fill(0.0));
+        }
+        let table = gradients.range_mut(layout.embedding.clone());
+        if !accumulate && !config.tied_embeddings {
+            table.fill(0.0);
+        }
+        kernels::embedding_backward(compute, grad, &pass.batch.input, table);
+        pass.reduce_dense(gradients, &layout.embedding_slice)
+    }
+}
+
+fn dense_places(places: &LayerPlaces) -> DenseFfnPlaces<'_> {
+    let places = &places.feed_forward;
+    match &places.matrices {
+        FeedForwardMatrices::Dense { input, down } => {
+            DenseFfnPlaces { input, down, norm: &places.norm, slice: &places.slice }
+        }
+        FeedForwardMatrices::Moe { .. } => unreachable!("a dense layer has dense matrices"),
+    }
+}

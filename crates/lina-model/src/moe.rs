@@ -1,0 +1,255 @@
+//! The MoE layer over ranks: gate, dispatch, experts, combine, and the way back.
+//!
+//! ```text
+//! forward    gate, counts | send 0  send 1 | wait 0  experts 0  return 0 | wait 1  experts 1  return 1 | sum 0  sum 1
+//! backward   send 0  send 1 | router | wait 0  experts 0  return 0 | wait 1  experts 1  return 1 | weights | sum 0  sum 1
+//! ```
+//!
+//! Tokens are cut into pipeline chunks by their place on the source rank; the number of chunks is the policy's, the
+//! same on all ranks, and every chunk is exchanged even where it is empty. While the experts work on one chunk, the
+//! others are on the wire. Where weight gradients stand is the policy's choice too: before the last chunk returns, or
+//! after, as cover.
+//!
+//! Invariant: no sum depends on chunks, policy or the moment at which something arrives. A token's result is added up
+//! by slot, its gradient by router first, then slot; an expert's weight gradient runs over its rows in (source rank,
+//! token) order. Whatever way leads there, results are the same bits.
+//!
+//! On one rank nothing is exchanged: rows are gathered straight into the experts' order and summed straight out of it.
+
+mod backward;
+mod forward;
+
+use std::ops::Range;
+
+use lina_comm::{AllToAllKind, CommError, Direction, Leg, Ticket, WorkKind};
+use lina_plan::{ExpertLayout, GroupId};
+
+use crate::config::ModelConfig;
+use crate::exchanges::ExchangePool;
+use crate::experts::ExpertShape;
+use crate::ffn::FfnScratch;
+use crate::jitter;
+use crate::norm::Norm;
+use crate::params::{FeedForwardMatrices, FeedForwardPlaces};
+use crate::pass::Pass;
+use crate::routing::{ChunkPlan, Routes, RoutingPlan};
+
+/// One MoE layer: what its forward leaves for its backward.
+#[derive(Debug)]
+pub(crate) struct Moe {
+    layer: usize,
+    norm: Norm,
+    /// `[max_tokens, experts]`.
+    logits: Vec<f32>,
+    /// `[max_tokens, experts]`.
+    probabilities: Vec<f32>,
+    /// `[max_tokens, top_k]`: chosen experts, most probable first.
+    expert_index: Vec<u32>,
+    /// `[max_tokens, top_k]`.
+    gate_weight: Vec<f32>,
+    plan: RoutingPlan,
+    /// Expert-major `[rows, hidden]`: the experts' inputs.
+    inputs: Vec<f32>,
+    /// Expert-major `[rows, input width]`: their input projections.
+    projected: Vec<f32>,
+    /// For each chunk, `[rows sent, hidden]`: the experts' results for this rank's tokens.
+    returned: Vec<Vec<f32>>,
+    /// `[experts]`: what the load-balancing loss adds to the gradient of each token's probability.
+    balance_gradient: Vec<f32>,
+    /// `[experts]`: sums of local probabilities.
+    probability_sums: Vec<f32>,
+    losses: RouterLosses,
+}
+
+/// This rank's share of a layer's router losses, without coefficients; shares add up over ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RouterLosses {
+    /// Load-balancing loss; 1 (times `top_k` for the `switch` form) when experts are used evenly.
+    pub balance: f64,
+    /// Mean squared log-sum-exp of the logits; 0 when its coefficient is 0.
+    pub z: f64,
+}
+
+/// How a layer routed the tokens of the last forward.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerRouting<'a> {
+    moe: &'a Moe,
+    routes: &'a Routes,
+}
+
+impl LayerRouting<'_> {
+    /// This rank's assignments to `expert`, before capacity.
+    pub fn local_assignments(&self, expert: usize) -> u64 {
+        self.moe.plan.local_assignments(self.routes, expert)
+    }
+
+    /// All ranks' assignments to `expert`, before capacity: the same number on all ranks.
+    pub fn global_assignments(&self, expert: usize) -> u64 {
+        self.moe.plan.global_assignments(self.routes, expert)
+    }
+
+    /// This rank's assignments that exceeded their expert's capacity.
+    pub fn dropped(&self) -> u64 {
+        self.moe.plan.dropped
+    }
+
+    /// Rows that this rank's experts worked on.
+    pub fn expert_rows(&self) -> usize {
+        self.moe.plan.rows()
+    }
+
+    /// This rank's share of the router losses.
+    pub fn losses(&self) -> RouterLosses {
+        self.moe.losses
+    }
+
+    /// Experts chosen for each local token, `[tokens, top_k]`, most probable first.
+    pub fn expert_index(&self) -> &[u32] {
+        &self.moe.expert_index[..self.moe.plan.position.len()]
+    }
+}
+
+/// What all MoE layers of a rank share.
+#[derive(Debug)]
+pub(crate) struct MoeShared {
+    pub routes: Routes,
+    shape: ExpertShape,
+    /// Most expert-major rows that a layer may hold.
+    rows_limit: usize,
+    /// Reduction group of each expert's gradients.
+    groups: Vec<Option<GroupId>>,
+    pub ffn: FfnScratch,
+    pub exchanges: ExchangePool,
+    /// `[tokens, hidden]`: the gate's input with jitter.
+    gate_input: Vec<f32>,
+    /// `[max_tokens, experts]`.
+    grad_logits: Vec<f32>,
+    /// `[max_tokens, top_k]`.
+    grad_gate_weight: Vec<f32>,
+    /// Expert-major `[rows, hidden]`: gradients of the experts' outputs.
+    grad_outputs: Vec<f32>,
+    /// The same of their inputs; used on one rank only, elsewhere they go straight into an exchange.
+    grad_inputs: Vec<f32>,
+}
+
+impl MoeShared {
+    pub fn new(config: &ModelConfig, layout: &ExpertLayout, rank: usize, max_tokens: usize, rows_limit: usize) -> Self {
+        let gate_input = if config.router.jitter > 0.0 { max_tokens * config.hidden } else { 0 };
+        MoeShared {
+            routes: Routes::new(layout, rank, config.top_k),
+            shape: ExpertShape::new(config),
+            rows_limit,
+            groups: (0..config.experts).map(|expert| layout.group(expert)).collect(),
+            ffn: FfnScratch::default(),
+            exchanges: ExchangePool::default(),
+            gate_input: vec![0.0; gate_input],
+            grad_logits: vec![0.0; max_tokens * config.experts],
+            grad_gate_weight: vec![0.0; max_tokens * config.top_k],
+            grad_outputs: Vec::new(),
+            grad_inputs: Vec::new(),
+        }
+    }
+}
+
+impl Moe {
+    pub fn new(config: &ModelConfig, layer: usize, max_tokens: usize) -> Self {
+        Moe {
+            layer,
+            norm: Norm::new(config, max_tokens),
+            logits: vec![0.0; max_tokens * config.experts],
+            probabilities: vec![0.0; max_tokens * config.experts],
+            expert_index: vec![0; max_tokens * config.top_k],
+            gate_weight: vec![0.0; max_tokens * config.top_k],
+            plan: RoutingPlan::default(),
+            inputs: Vec::new(),
+            projected: Vec::new(),
+            returned: Vec::new(),
+            balance_gradient: vec![0.0; config.experts],
+            probability_sums: vec![0.0; config.experts],
+            losses: RouterLosses::default(),
+        }
+    }
+
+    /// How the last forward routed.
+    pub fn routing<'a>(&'a self, routes: &'a Routes) -> LayerRouting<'a> {
+        LayerRouting { moe: self, routes }
+    }
+
+    /// Elements held whatever the routing.
+    pub fn elements(config: &ModelConfig, max_tokens: usize) -> usize {
+        Norm::elements(config, max_tokens) + max_tokens * 2 * (config.experts + config.top_k)
+    }
+
+    /// Assignments dropped and the router losses with their coefficients, of the last forward.
+    pub fn outcome(&self, config: &ModelConfig) -> (u64, f64) {
+        let router = &config.router;
+        let loss = f64::from(router.aux_loss_coefficient) * self.losses.balance
+            + f64::from(router.z_loss_coefficient) * self.losses.z;
+        (self.plan.dropped, loss)
+    }
+}
+
+/// The exchanges of one layer in one direction.
+#[derive(Clone, Copy, Debug)]
+struct Steps {
+    direction: Direction,
+    layer: usize,
+    chunks: usize,
+}
+
+impl Steps {
+    fn kind(&self, leg: Leg, chunk: usize) -> AllToAllKind {
+        AllToAllKind {
+            direction: self.direction,
+            leg,
+            layer: self.layer as u32,
+            chunk: chunk as u32,
+            chunks: self.chunks as u32,
+        }
+    }
+}
+
+/// Waits for a chunk's rows and puts them into expert-major `rows`.
+fn receive(
+    pass: &mut Pass<'_>,
+    exchanges: &mut ExchangePool,
+    ticket: Ticket,
+    layer: usize,
+    chunk: &ChunkPlan,
+    rows: &mut [f32],
+) -> Result<(), CommError> {
+    let width = pass.config.hidden;
+    let exchange = pass.comm.wait(ticket)?;
+    pass.work(WorkKind::Permute, Some(layer), 0)?;
+    let mut arrived = exchange.recv.as_slice();
+    for block in &chunk.blocks {
+        let (piece, rest) = arrived.split_at(block.rows.len() * width);
+        rows[block.rows.start * width..block.rows.end * width].copy_from_slice(piece);
+        arrived = rest;
+    }
+    exchanges.put(exchange, None);
+    Ok(())
+}
+
+/// Where the router's gate lies in the dense buffer.
+fn gate(places: &FeedForwardPlaces) -> Range<usize> {
+    match &places.matrices {
+        FeedForwardMatrices::Moe { gate } => gate.clone(),
+        FeedForwardMatrices::Dense { .. } => unreachable!("an MoE layer has a gate"),
+    }
+}
+
+/// What the gate multiplies: the normed input, in training with jitter, which is put into `buffer`.
+fn gate_input<'a>(pass: &Pass<'_>, layer: usize, normed: &'a [f32], buffer: &'a mut [f32]) -> &'a [f32] {
+    if !has_jitter(pass) {
+        return normed;
+    }
+    let input = &mut buffer[..normed.len()];
+    input.copy_from_slice(normed);
+    jitter::apply(pass.compute, input, pass.config.hidden, pass.config.router.jitter, &pass.step, layer);
+    input
+}
+
+fn has_jitter(pass: &Pass<'_>) -> bool {
+    pass.step.training && pass.config.router.jitter > 0.0
+}

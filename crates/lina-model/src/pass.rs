@@ -1,0 +1,58 @@
+//! What sub-layers share while a pass is under way.
+
+use std::ops::Range;
+
+use lina_comm::{Comm, CommError, GradientRegion, GroupId, SharedBuffer, Work, WorkKind};
+use lina_kernels::Compute;
+
+use crate::batch::{LoadedBatch, StepContext};
+use crate::config::ModelConfig;
+
+/// A forward or backward pass under way on one rank.
+pub(crate) struct Pass<'a> {
+    pub compute: &'a Compute,
+    pub config: &'a ModelConfig,
+    pub batch: &'a LoadedBatch,
+    pub step: StepContext,
+    pub comm: &'a mut Comm,
+    /// Whether gradients are added to those of an earlier micro-batch, or replace what is there.
+    pub accumulate: bool,
+}
+
+impl Pass<'_> {
+    /// Number of local tokens.
+    pub fn tokens(&self) -> usize {
+        self.batch.tokens()
+    }
+
+    /// Announces the computation that follows.
+    pub fn work(&mut self, kind: WorkKind, layer: Option<usize>, flops: u64) -> Result<(), CommError> {
+        self.comm.work(Work { kind, layer: layer.map(|layer| layer as u32), flops })
+    }
+
+    /// Hands a finished slice of the dense gradients over.
+    pub fn reduce_dense(&mut self, gradients: &mut SharedBuffer, slice: &Range<usize>) -> Result<(), CommError> {
+        self.comm.reduce_gradient(GradientRegion {
+            group: GroupId::WORLD,
+            elements: slice.len(),
+            local: Some((gradients, slice.clone())),
+        })
+    }
+}
+
+/// A multiply-add is two operations.
+pub(crate) fn product_flops(m: usize, n: usize, k: usize) -> u64 {
+    2 * m as u64 * n as u64 * k as u64
+}
+
+/// Makes `values` at least `len` long. What is beyond an earlier length is zero; capacity grows by a quarter at least,
+/// so that a slowly rising demand rarely allocates.
+pub(crate) fn grow(values: &mut Vec<f32>, len: usize) {
+    if values.len() < len {
+        if values.capacity() < len {
+            let target = len.max(values.capacity() + values.capacity() / 4);
+            values.reserve_exact(target - values.len());
+        }
+        values.resize(len, 0.0);
+    }
+}

@@ -1,0 +1,171 @@
+//! The configuration of a run: one TOML file, changed by the command line, checked as a whole before anything starts.
+//!
+//! Relative paths and globs in it are relative to the folder in which the command runs, not to the file, so that a
+//! resolved copy in a run's folder means the same as the original.
+
+mod check;
+mod document;
+mod error;
+mod reader;
+mod sections;
+
+use std::path::{Path, PathBuf};
+
+use lina_data::{DataConfig, DataError, Tokenizer};
+use lina_model::{ModelConfig, ModelSection};
+use lina_plan::{ExpertLayout, LayoutError, Policy, PolicyRules};
+use serde::{Deserialize, Serialize};
+
+pub use document::Override;
+pub use error::ConfigError;
+pub use sections::{BenchConfig, ClusterConfig, DeviceConfig, Engine, LinkConfig, PolicyConfig, TrainConfig};
+
+use document::Document;
+use sections::{BYTES, DataSection};
+
+/// Everything that a run is told. [`RunConfig::load`] is the way to one; the fields are public to be read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunConfig {
+    /// The model that `[model]` describes.
+    pub model: ModelConfig,
+    /// `[model]` as written.
+    pub model_section: ModelSection,
+    /// `[data]`: the text.
+    pub data: DataConfig,
+    /// `data.tokenizer`: a `tokenizer.json`, or `None` where every byte is a token.
+    pub tokenizer_file: Option<PathBuf>,
+    /// `[train]`.
+    pub train: TrainConfig,
+    /// `[cluster]`.
+    pub cluster: ClusterConfig,
+    /// `[policy]`.
+    pub policy: PolicyConfig,
+    /// `[bench]`, if there is one.
+    pub bench: Option<BenchConfig>,
+}
+
+/// A configuration file, section by section.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Sections {
+    model: ModelSection,
+    data: DataSection,
+    train: TrainConfig,
+    cluster: ClusterConfig,
+    policy: PolicyConfig,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bench: Option<BenchConfig>,
+}
+
+impl RunConfig {
+    /// Reads `file`, applies `overrides` in order and checks the whole. Reads nothing else, but the `config.json` of
+    /// the folder that `model.path` names, if it does.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with its line or option.
+    pub fn load(file: &Path, overrides: &[Override]) -> Result<Self, ConfigError> {
+        Self::from_document(Document::read(file)?, file, overrides)
+    }
+
+    /// The same for a text, which errors call `file`.
+    ///
+    /// # Errors
+    /// As [`RunConfig::load`].
+    pub fn parse(file: &Path, text: &str, overrides: &[Override]) -> Result<Self, ConfigError> {
+        Self::from_document(Document::parse(file, text)?, file, overrides)
+    }
+
+    fn from_document(mut document: Document, file: &Path, overrides: &[Override]) -> Result<Self, ConfigError> {
+        for change in overrides {
+            document.apply(change);
+        }
+        let sections: Sections = reader::read(document.table.clone()).map_err(|error| {
+            ConfigError::invalid(document.place(error.origin.as_ref()), error.to_string())
+        })?;
+        let Sections { model: model_section, data, train, cluster, policy, bench } = sections;
+        let DataSection { files, eval_files, eval_fraction, text_key, tokenizer } = data;
+        let config = RunConfig {
+            model: model_section.resolve(Path::new(""), &format!("{}: [model]", file.display()))?,
+            model_section,
+            data: DataConfig { files, eval_files, eval_fraction, text_key },
+            tokenizer_file: Some(tokenizer).filter(|tokenizer| tokenizer.as_os_str() != BYTES),
+            train,
+            cluster,
+            policy,
+            bench,
+        };
+        match check::check(&config) {
+            Ok(()) => Ok(config),
+            Err(problem) => {
+                Err(ConfigError::invalid(document.place(document.origin(problem.key)), problem.message))
+            }
+        }
+    }
+
+    /// Refuses impossible sizes and combinations; a loaded configuration has none, one that was changed since may.
+    ///
+    /// # Errors
+    /// The first one found.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.model.validate("the configuration: [model]")?;
+        check::check(self).map_err(|problem| ConfigError::invalid("the configuration", problem.message))
+    }
+
+    /// The configuration as a file that loads to the same again, with every default written out.
+    ///
+    /// # Errors
+    /// If a value has no place in TOML: a path that is not UTF-8, a seed beyond 63 bits.
+    pub fn to_toml(&self) -> Result<String, ConfigError> {
+        let DataConfig { files, eval_files, eval_fraction, text_key } = self.data.clone();
+        let tokenizer = self.tokenizer_file.clone().unwrap_or_else(|| BYTES.into());
+        let sections = Sections {
+            model: self.model_section.clone(),
+            data: DataSection { files, eval_files, eval_fraction, text_key, tokenizer },
+            train: self.train.clone(),
+            cluster: self.cluster.clone(),
+            policy: self.policy,
+            bench: self.bench.clone(),
+        };
+        toml::to_string(&sections)
+            .map_err(|error| ConfigError::invalid("the configuration", format!("it cannot be written: {error}")))
+    }
+
+    /// The folder with the weights to start from, if `[model]` names one.
+    pub fn model_folder(&self) -> Option<PathBuf> {
+        self.model_section.folder(Path::new(""))
+    }
+
+    /// The tokenizer that `[data]` asks for.
+    ///
+    /// # Errors
+    /// If its file does not load.
+    pub fn tokenizer(&self) -> Result<Tokenizer, DataError> {
+        self.tokenizer_file.as_ref().map_or_else(|| Ok(Tokenizer::bytes()), Tokenizer::from_file)
+    }
+
+    /// The switches of `policy` under `[policy]`'s sizes.
+    pub fn policy_rules(&self, policy: Policy) -> PolicyRules {
+        PolicyRules::new(policy, &self.policy.settings())
+    }
+
+    /// Whether times of this run are virtual.
+    pub fn is_emulated(&self) -> bool {
+        self.cluster.is_emulated()
+    }
+
+    /// Which rank holds which experts.
+    ///
+    /// # Errors
+    /// If `cluster.experts_per_rank` does not fit the model and the ranks, which [`RunConfig::load`] has ruled out.
+    pub fn expert_layout(&self) -> Result<ExpertLayout, LayoutError> {
+        ExpertLayout::new(self.model.experts, self.cluster.ranks, self.cluster.experts_per_rank)
+    }
+
+    /// `[bench]`, or its defaults.
+    pub fn bench_or_default(&self) -> BenchConfig {
+        self.bench.clone().unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,319 @@
+//! The sections of a run's configuration: keys, defaults, and what they mean.
+
+use std::num::NonZero;
+use std::path::PathBuf;
+
+use lina_net::{Link, Topology, TopologyError};
+use lina_plan::{Policy, PolicySettings};
+use serde::{Deserialize, Serialize};
+
+/// `[train]`: what is optimised, for how long, and how often the run looks at itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
+    /// Tokens of a sequence.
+    pub sequence_tokens: usize,
+    /// Sequences of a step, over all ranks together.
+    pub batch_sequences: usize,
+    /// Parts of a step's batch whose gradients are accumulated.
+    pub micro_batches: usize,
+    /// Seed of the initial weights, the data's order and the router's noise.
+    pub seed: u64,
+    /// Learning rate after the warm-up.
+    pub learning_rate: f64,
+    /// Steps in which the learning rate rises linearly to its full value.
+    pub warmup_steps: u64,
+    /// The learning rate of the last step over the full one; in between it follows a cosine.
+    pub min_learning_rate_ratio: f64,
+    /// AdamW's decoupled weight decay, of matrices.
+    pub weight_decay: f32,
+    /// AdamW's decay of the first moment.
+    pub beta1: f32,
+    /// AdamW's decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of AdamW's second moment.
+    pub epsilon: f32,
+    /// Bound on the global norm of the gradients; 0 is none.
+    pub clip_norm: f32,
+    /// Steps between two evaluations on held-out text; 0 evaluates at the end only.
+    pub eval_every: u64,
+    /// Held-out sequences of an evaluation, at most what there is.
+    pub eval_sequences: usize,
+    /// Steps between two checkpoints; 0 writes one at the end only.
+    pub checkpoint_every: u64,
+    /// Whether a document's tokens attend to that document only.
+    pub document_masking: bool,
+    /// How many of the last steps the trace records; 0 records none.
+    pub trace_steps: u64,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        TrainConfig {
+            steps: 300,
+            sequence_tokens: 128,
+            batch_sequences: 16,
+            micro_batches: 1,
+            seed: 1,
+            learning_rate: 1e-3,
+            warmup_steps: 20,
+            min_learning_rate_ratio: 0.1,
+            weight_decay: 0.1,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            clip_norm: 1.0,
+            eval_every: 50,
+            eval_sequences: 32,
+            checkpoint_every: 0,
+            document_masking: false,
+            trace_steps: 2,
+        }
+    }
+}
+
+/// What carries the ranks' messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
+    /// Ranks are threads of one process.
+    Local,
+    /// MPI.
+    Mpi,
+    /// NCCL.
+    Nccl,
+}
+
+impl Engine {
+    /// The engines that this build has.
+    pub const BUILT: [Engine; 1] = [Engine::Local];
+
+    /// The name in configuration files and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Engine::Local => "local",
+            Engine::Mpi => "mpi",
+            Engine::Nccl => "nccl",
+        }
+    }
+}
+
+/// `[cluster]`: the ranks, and what they run on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClusterConfig {
+    /// Number of ranks.
+    pub ranks: usize,
+    /// What carries their messages.
+    pub engine: Engine,
+    /// Threads that compute for one rank; 0 shares the machine's cores out.
+    pub threads: usize,
+    /// Experts of an MoE layer on each rank; by default an even share, each on one rank.
+    pub experts_per_rank: Option<usize>,
+    /// How long a rank may be silent before the job ends, in seconds of the wall clock.
+    pub timeout_s: f64,
+    /// Memory that the job may take, in GiB; by default what the machine has.
+    pub memory_limit_gib: Option<f64>,
+    /// Links of an emulated cluster; goes with `device`.
+    pub link: Option<LinkConfig>,
+    /// Devices of an emulated cluster; goes with `link`.
+    pub device: Option<DeviceConfig>,
+}
+
+impl Default for ClusterConfig {
+    fn default() -> Self {
+        ClusterConfig {
+            ranks: 1,
+            engine: Engine::Local,
+            threads: 0,
+            experts_per_rank: None,
+            timeout_s: 30.0,
+            memory_limit_gib: None,
+            link: None,
+            device: None,
+        }
+    }
+}
+
+impl ClusterConfig {
+    /// Threads that compute for one rank if `ranks` share this machine: `threads` if set, else an even share of the
+    /// cores that this process may use, at least 1.
+    pub fn threads_of(&self, ranks: usize) -> usize {
+        if self.threads > 0 {
+            return self.threads;
+        }
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        (cores / ranks.max(1)).max(1)
+    }
+
+    /// Links and the device's rate in GFLOP/s, if the cluster is an emulated one.
+    ///
+    /// # Errors
+    /// If the links cannot be, which [`RunConfig::load`](super::RunConfig::load) has ruled out.
+    pub fn emulation(&self) -> Result<Option<(Topology, f64)>, TopologyError> {
+        let (Some(link), Some(device)) = (&self.link, &self.device) else { return Ok(None) };
+        Topology::new(link.resolve(self.ranks), self.ranks).map(|topology| Some((topology, device.gflops)))
+    }
+
+    /// Whether times are virtual.
+    pub fn is_emulated(&self) -> bool {
+        self.link.is_some() && self.device.is_some()
+    }
+
+    /// `memory_limit_gib` in bytes.
+    pub fn memory_limit_bytes(&self) -> Option<u64> {
+        self.memory_limit_gib.map(|limit_gib| (limit_gib * (1u64 << 30) as f64) as u64)
+    }
+}
+
+/// `cluster.link`: rates and overheads of an emulated network, as in [`Link`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkConfig {
+    /// Rate of each node's network interface, each way, in Gbit/s.
+    pub gbps: f64,
+    /// Time of a message round, in microseconds.
+    pub latency_us: f64,
+    /// Time that launching one operation takes, in microseconds.
+    pub launch_us: f64,
+    /// Number of nodes; by default every rank is one.
+    pub nodes: Option<usize>,
+    /// Rate of each rank's link inside its node, each way, in Gbit/s; by default `gbps`.
+    pub inner_gbps: Option<f64>,
+}
+
+impl LinkConfig {
+    /// The link with its defaults for `ranks` filled in.
+    pub fn resolve(&self, ranks: usize) -> Link {
+        Link {
+            gbps: self.gbps,
+            latency_us: self.latency_us,
+            launch_us: self.launch_us,
+            nodes: self.nodes.unwrap_or(ranks),
+            inner_gbps: self.inner_gbps.unwrap_or(self.gbps),
+        }
+    }
+}
+
+/// `cluster.device`: rates of an emulated device.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceConfig {
+    /// Floating-point operations a second of its matrix products, in units of 10⁹.
+    pub gflops: f64,
+}
+
+/// `[policy]`: the communication policy and the sizes that a user may set.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PolicyConfig {
+    /// The policy to train with.
+    #[serde(with = "policy_name")]
+    pub name: Policy,
+    /// As in [`PolicySettings`].
+    pub bucket_bytes: usize,
+    /// As in [`PolicySettings`].
+    pub partition_bytes: usize,
+    /// As in [`PolicySettings`].
+    pub pipeline_chunks: usize,
+}
+
+impl Default for PolicyConfig {
+    fn default() -> Self {
+        let PolicySettings { bucket_bytes, partition_bytes, pipeline_chunks } = PolicySettings::default();
+        PolicyConfig { name: Policy::Lina, bucket_bytes, partition_bytes, pipeline_chunks }
+    }
+}
+
+impl PolicyConfig {
+    /// The sizes, for any policy.
+    pub fn settings(&self) -> PolicySettings {
+        PolicySettings {
+            bucket_bytes: self.bucket_bytes,
+            partition_bytes: self.partition_bytes,
+            pipeline_chunks: self.pipeline_chunks,
+        }
+    }
+}
+
+/// `[bench]`: the comparison of policies with which a run ends, and what `lina bench train` measures.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BenchConfig {
+    /// Policies, in the order in which a round runs them.
+    #[serde(with = "policy_names")]
+    pub policies: Vec<Policy>,
+    /// Measured steps of each policy in each round.
+    pub steps: u64,
+    /// Steps before them, in which a policy's plans settle.
+    pub warmup_steps: u64,
+    /// Rounds; each runs every policy once, so that a slow minute of the machine hits all of them.
+    pub rounds: usize,
+}
+
+impl Default for BenchConfig {
+    fn default() -> Self {
+        BenchConfig { policies: Policy::ALL.to_vec(), steps: 6, warmup_steps: 3, rounds: 1 }
+    }
+}
+
+/// `[data]`: the keys of [`lina_data::DataConfig`], and the tokenizer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct DataSection {
+    pub(super) files: Vec<String>,
+    pub(super) eval_files: Vec<String>,
+    pub(super) eval_fraction: f64,
+    pub(super) text_key: String,
+    /// `bytes`, or the path of a `tokenizer.json`.
+    pub(super) tokenizer: PathBuf,
+}
+
+/// The value of `data.tokenizer` that makes every byte a token.
+pub(super) const BYTES: &str = "bytes";
+
+impl Default for DataSection {
+    fn default() -> Self {
+        let lina_data::DataConfig { files, eval_files, eval_fraction, text_key } = lina_data::DataConfig::default();
+        DataSection { files, eval_files, eval_fraction, text_key, tokenizer: BYTES.into() }
+    }
+}
+
+/// Policies under their names.
+mod policy_name {
+    use std::sync::LazyLock;
+
+    use super::Policy;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    static NAMES: LazyLock<Vec<&'static str>> = LazyLock::new(|| Policy::ALL.map(Policy::name).to_vec());
+
+    pub(super) fn serialize<S: Serializer>(policy: &Policy, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(policy.name())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Policy, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        name.parse().map_err(|_| D::Error::unknown_variant(&name, &NAMES))
+    }
+}
+
+/// Lists of policies under their names.
+mod policy_names {
+    use super::Policy;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Named(#[serde(with = "super::policy_name")] Policy);
+
+    pub(super) fn serialize<S: Serializer>(policies: &[Policy], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(policies.iter().copied().map(Named))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Policy>, D::Error> {
+        Ok(Vec::<Named>::deserialize(deserializer)?.into_iter().map(|Named(policy)| policy).collect())
+    }
+}

@@ -1,0 +1,109 @@
+//! `lina eval`: the mean loss of a model folder over a text.
+
+use std::path::PathBuf;
+
+use lina_comm::Comm;
+use lina_data::{EvalWindows, Sources, TokenStream, Tokenizer};
+use lina_kernels::Compute;
+use lina_model::{Batch, Checkpoint, Model, ModelConfig, ModelLimits, StepContext};
+use lina_plan::{ExpertLayout, Policy, PolicyRules, PolicySettings, share_range};
+use serde::Serialize;
+
+use crate::TrainError;
+use crate::config::ClusterConfig;
+use crate::job::run_job;
+
+/// What `lina eval` is asked for.
+#[derive(Clone, Debug)]
+pub struct EvalOptions {
+    /// Hugging Face folder.
+    pub model: PathBuf,
+    /// Text or JSONL file, or a glob of them.
+    pub data: PathBuf,
+    /// Tokens of a window; by default the model's positions, at most 1024.
+    pub sequence_tokens: Option<usize>,
+    /// Number of ranks.
+    pub ranks: usize,
+    /// Compute threads of a rank; 0 for an even share of the cores.
+    pub threads: usize,
+    /// No progress on stderr.
+    pub quiet: bool,
+}
+
+/// Mean loss over consecutive windows of T tokens, T-1 predictions each, a last partial window dropped.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct EvalSummary {
+    /// Mean cross-entropy in nats.
+    pub loss: f64,
+    /// Its exponential.
+    pub perplexity: f64,
+    /// Predictions.
+    pub tokens: u64,
+}
+
+/// Longest default window.
+const DEFAULT_WINDOW_TOKENS: usize = 1024;
+/// Tokens that a rank takes at a time, at least one window.
+const BATCH_TOKENS: usize = 2048;
+
+/// Evaluates.
+///
+/// # Errors
+/// Bad folder, data or sizes; a lost rank.
+pub fn eval(options: EvalOptions) -> Result<EvalSummary, TrainError> {
+    let config = ModelConfig::from_folder(&options.model).map_err(TrainError::input)?;
+    let window = options.sequence_tokens.unwrap_or(config.max_positions.min(DEFAULT_WINDOW_TOKENS));
+    if window < 2 || window > config.max_positions {
+        return Err(TrainError::Input(format!(
+            "--seq-tokens is {window}, expected 2 to {}, the model's positions",
+            config.max_positions
+        )));
+    }
+    let tokenizer = Tokenizer::for_model_folder(&options.model)?;
+    let sources = Sources::from_globs(&[options.data.to_string_lossy()])?;
+    let stream = TokenStream::read(&sources, &tokenizer)?;
+    stream.check_vocabulary(config.vocab, &tokenizer)?;
+    let windows = EvalWindows::new(&stream, window)?;
+    let experts = ExpertLayout::new(config.experts, options.ranks, None).map_err(TrainError::input)?;
+    let cluster = ClusterConfig { ranks: options.ranks, threads: options.threads, ..ClusterConfig::default() };
+    let rules = PolicyRules::new(Policy::Fair, &PolicySettings::default());
+    let per_rank = (BATCH_TOKENS / window).max(1);
+
+    let job = |comm: &mut Comm| -> Result<[f64; 2], TrainError> {
+        let (rank, ranks) = (comm.rank(), comm.ranks());
+        let limits =
+            ModelLimits { max_tokens: per_rank * window, max_sequence_tokens: window, max_expert_rows: None };
+        let compute = Compute::new(cluster.threads_of(ranks));
+        let mut model =
+            Model::new(config.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
+        {
+            let (_, layout, parameters) = model.for_update();
+            Checkpoint::open(&options.model)?.load(layout, parameters)?;
+        }
+        let (mut input, mut target, mut sequences) = (Vec::new(), Vec::new(), Vec::new());
+        let mut sums = [0.0; 2];
+        comm.begin_evaluation(0)?;
+        for first in (0..windows.windows()).step_by(per_rank * ranks) {
+            let n = (per_rank * ranks).min(windows.windows() - first);
+            input.clear();
+            target.clear();
+            sequences.clear();
+            for index in share_range(n, ranks, rank) {
+                let (tokens, next) = windows.window(first + index);
+                input.extend(tokens);
+                target.extend(next);
+                sequences.push(tokens.len());
+            }
+            let batch = Batch { input: &input, target: &target, sequences: &sequences };
+            let output = model.forward(comm, batch, StepContext::evaluation())?;
+            sums[0] += output.loss_sum;
+            sums[1] += output.target_tokens as f64;
+        }
+        comm.sum(&mut sums)?;
+        comm.end_step();
+        Ok(sums)
+    };
+    let [loss_sum, tokens] = run_job(&cluster, &experts, rules, job)?.ranks[0];
+    let loss = loss_sum / tokens;
+    Ok(EvalSummary { loss, perplexity: loss.exp(), tokens: tokens as u64 })
+}
