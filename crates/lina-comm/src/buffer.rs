@@ -1,6 +1,7 @@
 //! A flat gradient buffer that the compute thread fills range by range while finished ranges are being reduced in
 //! place by the communication thread.
 
+use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,9 +13,11 @@ pub(crate) struct Storage {
     len: usize,
     /// Elements handed to communication and not yet given back.
     in_flight: AtomicUsize,
+    /// Keeps foreign memory alive; `None` where the memory is this value's own.
+    foreign: Option<Box<dyn Any + Send + Sync>>,
 }
 
-// SAFETY: the pointer is to memory owned by this value; who may touch which range at what time is kept by
+// SAFETY: the pointer is to memory that this value owns or keeps alive; who may touch which range at what time is kept by
 // `SharedBuffer` (ranges not in flight) and `Region` (ranges in flight), which never overlap.
 unsafe impl Send for Storage {}
 // SAFETY: as above; shared references give no access to elements except through those two.
@@ -22,6 +25,9 @@ unsafe impl Sync for Storage {}
 
 impl Drop for Storage {
     fn drop(&mut self) {
+        if self.foreign.is_some() {
+            return;
+        }
         // SAFETY: `elements` and `len` are those of the boxed slice that `SharedBuffer::zeros` took apart, and the
         // last owner drops it once.
         drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(self.elements, self.len)) });
@@ -43,9 +49,20 @@ impl SharedBuffer {
     pub fn zeros(len: usize) -> Self {
         let elements = Box::into_raw(vec![0.0f32; len].into_boxed_slice()).cast::<f32>();
         SharedBuffer {
-            storage: Arc::new(Storage { elements, len, in_flight: AtomicUsize::new(0) }),
+            storage: Arc::new(Storage { elements, len, in_flight: AtomicUsize::new(0), foreign: None }),
             lent: Vec::with_capacity(64),
         }
+    }
+
+    /// The `len` elements at `elements`, which belong to somebody else: a framework's gradient buffer, say. `owner`
+    /// is dropped when neither this handle nor communication needs the memory any more.
+    ///
+    /// # Safety
+    /// The memory must be valid for reads and writes of `len` initialised `f32` for as long as `owner` lives, and
+    /// must not be touched from elsewhere while this handle borrows it or a range of it is in flight.
+    pub unsafe fn from_foreign(elements: *mut f32, len: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
+        let storage = Storage { elements, len, in_flight: AtomicUsize::new(0), foreign: Some(owner) };
+        SharedBuffer { storage: Arc::new(storage), lent: Vec::with_capacity(64) }
     }
 
     /// Number of elements.
@@ -171,6 +188,21 @@ mod tests {
         let mut buffer = SharedBuffer::zeros(8);
         let _region = buffer.lend(2..6);
         buffer.range_mut(0..3);
+    }
+
+    #[test]
+    fn foreign_memory_is_kept_until_it_is_back() {
+        let owner = Arc::new(());
+        let mut memory = vec![1.0f32; 4];
+        // SAFETY: `memory` outlives the buffer and the region, and is not touched before they are gone.
+        let mut buffer = unsafe { SharedBuffer::from_foreign(memory.as_mut_ptr(), 4, Box::new(Arc::clone(&owner))) };
+        let mut region = buffer.lend(1..3);
+        drop(buffer);
+        region.as_mut_slice().fill(2.0);
+        assert_eq!(Arc::strong_count(&owner), 2);
+        drop(region);
+        assert_eq!(Arc::strong_count(&owner), 1);
+        assert_eq!(memory, [1.0, 2.0, 2.0, 1.0]);
     }
 
     #[test]
