@@ -40,6 +40,11 @@ impl StepContext {
         StepContext { training: false, global_tokens: 0, micro_batches: 1, seed: 0, step: 0, token_offset: 0 }
     }
 
+    /// Micro-batches, as a divisor.
+    pub(crate) fn micro_batches(&self) -> f64 {
+        self.micro_batches.max(1) as f64
+    }
+
     /// Factor of a target's loss.
     pub(crate) fn loss_scale(&self) -> f64 {
         if self.global_tokens == 0 { 0.0 } else { 1.0 / self.global_tokens as f64 }

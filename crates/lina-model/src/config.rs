@@ -13,6 +13,9 @@ use thiserror::Error;
 
 pub use section::ModelSection;
 
+/// More layers than any model has; lists of layers are made before a configuration is checked.
+const MAX_LAYERS: usize = 1 << 16;
+
 /// A model that cannot be, or that this crate would compute wrongly. One sentence: where, what was found, what is
 /// expected.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -295,10 +298,9 @@ impl ModelConfig {
     }
 
     fn check(&self) -> Result<(), String> {
-        let positive = [
+        let sizes = [
             ("vocab", self.vocab),
             ("hidden", self.hidden),
-            ("layers", self.layers),
             ("heads", self.heads),
             ("kv_heads", self.kv_heads),
             ("head_dim", self.head_dim),
@@ -307,10 +309,12 @@ impl ModelConfig {
             ("expert_hidden", self.expert_hidden),
             ("max_positions", self.max_positions),
         ];
-        for (key, value) in positive {
+        for (key, value) in sizes {
             // Products of two sizes index memory, and token ids are 32 bits wide.
             require((1..=1 << 28).contains(&value), key, value, "a number from 1 to 268435456")?;
         }
+        let layers = 1..=MAX_LAYERS;
+        require(layers.contains(&self.layers), "layers", self.layers, &format!("a number from 1 to {MAX_LAYERS}"))?;
         require(
             self.heads.is_multiple_of(self.kv_heads),
             "heads",

@@ -252,7 +252,7 @@ impl Model {
             if let FeedForward::Moe(moe) = &layer.feed_forward {
                 let (dropped, loss) = moe.outcome(config);
                 output.dropped_assignments += dropped;
-                output.router_loss += loss / step.micro_batches as f64;
+                output.router_loss += loss / step.micro_batches();
             }
         }
         Ok(output)

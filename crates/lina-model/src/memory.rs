@@ -3,7 +3,7 @@
 use lina_plan::ExpertLayout;
 
 use crate::attention::{Attention, AttentionScratch};
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, PositionKind};
 use crate::decoder::ModelLimits;
 use crate::ffn::DenseFfn;
 use crate::moe::Moe;
@@ -26,30 +26,29 @@ pub fn memory_plan(config: &ModelConfig, experts: &ExpertLayout, rank: usize, li
     let parameters = layout.dense_len() + layout.experts_len();
     let [activations, logits, scratch] = fixed_elements(config, limits);
     let ranks = experts.ranks();
-    let sent = limits.max_tokens * config.top_k;
-    let served: f64 = (0..ranks)
-        .map(|source| (0..config.experts).filter(|&e| experts.destination(source, e) == rank).count() as f64)
+    let sent = if config.moe_layers() > 0 { limits.max_tokens * config.top_k } else { 0 };
+    let served: usize = (0..ranks)
+        .map(|source| (0..config.experts).filter(|&expert| experts.destination(source, expert) == rank).count())
         .sum();
-    let received = (served / config.experts as f64 * sent as f64).ceil() as usize;
-    let input_width = config.ffn.input_matrices() * config.expert_hidden;
+    let received = (sent * served).div_ceil(config.experts);
     let (hidden, inner) = (config.hidden, config.expert_hidden);
+    let input_width = config.ffn.input_matrices() * inner;
     let saved = config.moe_layers() * (received * (hidden + input_width) + sent * hidden);
-    let work = received * (hidden + 2 * inner + input_width);
-    // On one rank, gradients of inputs; on several, one buffer each way for dispatch and one for combine.
-    let travelling = if ranks == 1 { received * hidden } else { 2 * (sent + received) * hidden };
-    let dense_work = if config.dense_layers.is_empty() || config.moe_layers() > 0 {
-        0
-    } else {
-        limits.max_tokens * config.dense_hidden * (2 + config.ffn.input_matrices())
-    };
+    let dense_tokens = if config.dense_layers.is_empty() { 0 } else { limits.max_tokens };
+    let units = (received * inner).max(dense_tokens * config.dense_hidden);
+    let network = (2 + config.ffn.input_matrices()) * units;
+    // Dispatch and combine take turns with the same exchanges, one for each chunk under way. One rank has none, and
+    // needs a place for the gradients of the experts' inputs instead.
+    let (grad_inputs, exchanged) =
+        if ranks == 1 { (received * hidden, 0) } else { (0, 2 * sent.max(received) * hidden) };
     [
         ("parameters", parameters),
         ("gradients", parameters),
         ("activations", activations),
         ("expert activations", saved),
         ("logits", logits),
-        ("scratch", scratch + work + dense_work),
-        ("exchange buffers", travelling),
+        ("scratch", scratch + network + received * hidden + grad_inputs),
+        ("exchange buffers", exchanged),
     ]
     .map(|(name, elements)| MemoryPart { name, bytes: elements * size_of::<f32>() })
     .to_vec()

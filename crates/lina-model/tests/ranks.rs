@@ -1,151 +1,139 @@
-//! One rank against several: the same losses and gradients wherever experts live, and the same bits whatever the
-//! policy and the number of pipeline chunks.
+//! One global batch on any number of ranks, with any placement of experts: the same loss and the same gradients.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use lina_comm::Comm;
-use lina_comm::local::{LocalConfig, LocalJob};
+use lina_comm::emulated::{Device, EmulatedCluster, EmulatedConfig};
 use lina_kernels::Compute;
-use lina_model::{AuxLoss, Batch, ForwardOutput, Model, ModelConfig, ModelKind, ModelLimits, Sizes, StepContext};
-use lina_plan::{ExpertLayout, Policy, PolicyRules, PolicySettings};
+use lina_model::*;
+use lina_net::{Link, Topology};
+use lina_plan::{ExpertLayout, Policy, PolicyRules, PolicySettings, share_range};
 
-const SEQUENCE: usize = 6;
-const VOCAB: u32 = 31;
+const SEQUENCES: usize = 6;
+const TOKENS: usize = 10;
 
-fn config() -> ModelConfig {
-    let sizes =
-        Sizes { vocab: VOCAB as usize, hidden: 16, layers: 3, heads: 2, experts: 6, top_k: 2, expert_hidden: 24 };
-    let mut config = ModelConfig::family(ModelKind::Qwen3Moe, sizes);
-    config.initializer_range = 0.3;
-    config.dense_layers = vec![1];
-    config.dense_hidden = 24;
-    config.router.aux_loss = AuxLoss::Gshard;
-    config.router.aux_loss_coefficient = 0.1;
-    config.router.z_loss_coefficient = 0.05;
-    config.router.jitter = 0.1;
-    config.router.capacity_factor = Some(1.1);
+type Gradients = BTreeMap<String, Vec<f32>>;
+
+fn config(kind: ModelKind) -> ModelConfig {
+    let sizes = Sizes { vocab: 40, hidden: 32, layers: 2, heads: 4, experts: 5, top_k: 2, expert_hidden: 24 };
+    let mut config = ModelConfig::family(kind, sizes);
+    config.router.aux_loss = AuxLoss::Switch;
+    config.router.aux_loss_coefficient = 0.05;
+    config.router.z_loss_coefficient = 0.01;
+    config.router.jitter = 0.02;
+    config.initializer_range = 0.1;
     config
 }
 
-/// What one step gives: summed losses, and every parameter's gradient, those of experts from their first holder.
-#[derive(Debug, PartialEq)]
-struct Step {
-    loss: f64,
-    router_loss: f64,
-    dropped: u64,
-    gradients: Vec<Vec<f32>>,
-}
-
-/// A step of two micro-batches; `sequences[rank]` sequences on each rank, of one global list.
-fn step(per_rank: Option<usize>, sequences: &[usize], rules: PolicyRules) -> Step {
-    let ranks = sequences.len();
-    let layout = ExpertLayout::new(6, ranks, per_rank).unwrap();
-    let comms = if ranks == 1 {
-        vec![Comm::solo()]
-    } else {
-        let local = LocalConfig {
-            ranks,
-            groups: layout.groups().to_vec(),
-            timeout: Duration::from_secs(20),
-            delays: None,
-            log_launches: false,
-        };
-        LocalJob::start(local, rules).unwrap().1
-    };
-    let results: Vec<(ForwardOutput, Model)> = std::thread::scope(|scope| {
-        let threads: Vec<_> = comms
+/// One step's loss and every parameter's gradient, put together from the ranks that hold it.
+fn step(config: &ModelConfig, ranks: usize, per_rank: Option<usize>, policy: Policy, chunks: usize) -> (f64, Gradients) {
+    let experts = ExpertLayout::new(config.experts, ranks, per_rank).unwrap();
+    let link = Link { gbps: 1.0, latency_us: 1.0, launch_us: 1.0, nodes: ranks, inner_gbps: 1.0 };
+    let cluster = EmulatedCluster::new(EmulatedConfig {
+        topology: Topology::new(link, ranks).unwrap(),
+        device: Device { gflops: 10.0 },
+        groups: experts.groups().to_vec(),
+        timeout: Duration::from_secs(30),
+        delays: None,
+        log_launches: false,
+    });
+    let settings = PolicySettings { bucket_bytes: 9000, partition_bytes: 3000, pipeline_chunks: chunks };
+    let outcomes: Vec<(f64, Gradients)> = std::thread::scope(|scope| {
+        let threads: Vec<_> = cluster
+            .comms(PolicyRules::new(policy, &settings))
             .into_iter()
-            .enumerate()
-            .map(|(rank, comm)| {
-                let (layout, first) = (layout.clone(), sequences[..rank].iter().sum::<usize>());
-                let count = sequences[rank];
-                scope.spawn(move || run_rank(comm, layout, rank, first, count))
-            })
+            .map(|comm| scope.spawn(|| rank_step(config, &experts, comm)))
             .collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
-    let sum = |value: fn(&ForwardOutput) -> f64| results.iter().map(|(output, _)| value(output)).sum();
-    let parameters = results[0].1.layout().parameters();
-    let gradients = parameters.iter().map(|parameter| {
-        let of_rank = |model: &Model| Some(model.parameters().gradient(model.layout(), &parameter.place)?.to_vec());
-        let mut copies = results.iter().filter_map(|(_, model)| of_rank(model));
-        let first = copies.next().unwrap();
-        assert!(copies.all(|copy| copy == first), "{}: replicas differ", parameter.key);
-        first
-    });
-    Step {
-        loss: sum(|output| output.loss_sum),
-        router_loss: sum(|output| output.router_loss),
-        dropped: results.iter().map(|(output, _)| output.dropped_assignments).sum(),
-        gradients: gradients.collect(),
+    let loss = outcomes[0].0;
+    let mut gradients = Gradients::new();
+    for (rank, (_, held)) in outcomes.into_iter().enumerate() {
+        for (key, gradient) in held {
+            if let Some(other) = gradients.get(&key) {
+                assert_eq!(other, &gradient, "{key}: rank {rank} holds another reduced gradient");
+            }
+            gradients.insert(key, gradient);
+        }
     }
+    (loss, gradients)
 }
 
-fn run_rank(mut comm: Comm, layout: ExpertLayout, rank: usize, first: usize, count: usize) -> (ForwardOutput, Model) {
-    let limits = ModelLimits { max_tokens: 8 * SEQUENCE, max_sequence_tokens: SEQUENCE, max_expert_rows: None };
-    let mut model = Model::new(config(), layout, rank, Compute::new(1), limits).unwrap();
+fn rank_step(config: &ModelConfig, experts: &ExpertLayout, mut comm: Comm) -> (f64, Gradients) {
+    let (rank, ranks) = (comm.rank(), comm.ranks());
+    let limits = ModelLimits {
+        max_tokens: SEQUENCES.div_ceil(ranks) * TOKENS,
+        max_sequence_tokens: TOKENS,
+        max_expert_rows: None,
+    };
+    let mut model = Model::new(config.clone(), experts.clone(), rank, Compute::new(1), limits).unwrap();
     let (_, layout, parameters) = model.for_update();
-    parameters.initialise(layout, 9);
-    let mut total = ForwardOutput::default();
+    parameters.initialise(layout, 3);
+    let ids = |sequence: usize| (0..TOKENS + 1).map(move |i| ((sequence * 31 + i * i * 7) % 40) as u32);
+    let mine = share_range(SEQUENCES, ranks, rank);
+    let input: Vec<u32> = mine.clone().flat_map(|sequence| ids(sequence).take(TOKENS)).collect();
+    let target: Vec<u32> = mine.clone().flat_map(|sequence| ids(sequence).skip(1)).collect();
+    let sequences = vec![TOKENS; mine.len()];
+    let context = StepContext {
+        training: true,
+        global_tokens: (SEQUENCES * TOKENS) as u64,
+        micro_batches: 1,
+        seed: 5,
+        step: 0,
+        token_offset: (mine.start * TOKENS) as u64,
+    };
     comm.begin_step(0).unwrap();
-    for micro_batch in 0..2u32 {
-        let start = first * SEQUENCE;
-        let tokens = start as u32..(start + count * SEQUENCE) as u32;
-        let input: Vec<u32> = tokens.clone().map(|i| (i * i + 3 * i + 11 * micro_batch) % VOCAB).collect();
-        let target: Vec<u32> =
-            tokens.map(|i| if i % 5 == 0 { u32::MAX } else { (i * 7 + micro_batch) % VOCAB }).collect();
-        let sequences = vec![SEQUENCE; count];
-        let context = StepContext {
-            training: true,
-            global_tokens: 70,
-            micro_batches: 2,
-            seed: 1,
-            step: 0,
-            token_offset: start as u64 + 1000 * u64::from(micro_batch),
-        };
-        comm.begin_micro_batch(micro_batch == 1).unwrap();
-        let batch = Batch { input: &input, target: &target, sequences: &sequences };
-        let output = model.forward(&mut comm, batch, context).unwrap();
-        model.backward(&mut comm, micro_batch == 1).unwrap();
-        total.loss_sum += output.loss_sum;
-        total.router_loss += output.router_loss;
-        total.dropped_assignments += output.dropped_assignments;
-    }
+    comm.begin_micro_batch(true).unwrap();
+    let batch = Batch { input: &input, target: &target, sequences: &sequences };
+    let output = model.forward(&mut comm, batch, context).unwrap();
+    model.backward(&mut comm, false).unwrap();
     comm.finish_gradients().unwrap();
-    comm.agree(&mut [0.0]).unwrap();
-    (total, model)
+    let mut loss = [output.loss_sum / context.global_tokens as f64 + output.router_loss];
+    comm.agree(&mut loss).unwrap();
+    comm.end_step();
+    let (layout, parameters) = (model.layout(), model.parameters());
+    let held = layout.parameters().iter().filter_map(|parameter| {
+        let gradient = parameters.gradient(layout, &parameter.place)?;
+        Some((parameter.key.clone(), gradient.to_vec()))
+    });
+    (loss[0], held.collect())
 }
 
-fn rules(policy: Policy, chunks: usize) -> PolicyRules {
-    let settings = PolicySettings { bucket_bytes: 4000, partition_bytes: 1500, pipeline_chunks: chunks };
-    PolicyRules::new(policy, &settings)
+fn relative_difference(a: &[f32], b: &[f32]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)));
+    difference / norm(&mut b.iter().map(|&b| f64::from(b))).max(1e-30)
 }
 
 #[test]
-fn one_rank_and_several_agree_and_policies_change_no_bit() {
-    let alone = step(None, &[7], rules(Policy::Fair, 1));
-    assert!(alone.dropped > 0, "the capacity should be felt");
-    // The last one has a rank without tokens.
-    for (per_rank, sequences) in [
-        (None, vec![3, 4]),
-        (Some(6), vec![3, 4]),
-        (Some(4), vec![4, 3]),
-        (None, vec![2, 1, 2, 2]),
-        (Some(3), vec![2, 1, 2, 2]),
-        (None, vec![1, 0, 0, 1, 1, 1, 1, 2]),
-        (Some(2), vec![4, 0, 3]),
-    ] {
-        let first = step(per_rank, &sequences, rules(Policy::Fair, 1));
-        assert_eq!(first.dropped, alone.dropped);
-        assert!((first.loss - alone.loss).abs() < 1e-4 * alone.loss, "{} {}", first.loss, alone.loss);
-        assert!((first.router_loss - alone.router_loss).abs() < 1e-5 * alone.router_loss);
-        for (found, expected) in first.gradients.iter().zip(&alone.gradients) {
-            let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
-            let difference = norm(&mut found.iter().zip(expected).map(|(a, b)| a - b));
-            assert!(difference <= 1e-4 * norm(&mut expected.iter().copied()) + 1e-7);
+fn any_number_of_ranks_has_the_same_gradients() {
+    for kind in [ModelKind::Mixtral, ModelKind::Qwen3Moe, ModelKind::Olmoe, ModelKind::LinaMoe] {
+        let config = config(kind);
+        let (loss, reference) = step(&config, 1, None, Policy::Fair, 1);
+        for (ranks, per_rank) in [(2, None), (3, None), (4, None), (8, None), (4, Some(3)), (3, Some(5)), (7, Some(2))] {
+            let (other_loss, gradients) = step(&config, ranks, per_rank, Policy::Lina, 2);
+            assert!((other_loss - loss).abs() < 1e-6, "{kind}, {ranks} ranks: loss {other_loss}, expected {loss}");
+            assert_eq!(gradients.len(), reference.len());
+            for (key, gradient) in &gradients {
+                let difference = relative_difference(gradient, &reference[key]);
+                assert!(difference < 1e-5, "{kind}, {ranks} ranks, {per_rank:?}: {key} differs by {difference:e}");
+            }
         }
-        for (policy, chunks) in [(Policy::Lina, 1), (Policy::Lina, 2), (Policy::Lina, 4), (Policy::Priority, 1)] {
-            assert_eq!(step(per_rank, &sequences, rules(policy, chunks)), first, "{policy} {chunks} {sequences:?}");
+    }
+}
+
+#[test]
+fn policies_and_chunks_have_the_same_bits() {
+    let config = config(ModelKind::Mixtral);
+    for (ranks, per_rank) in [(3, None), (4, Some(3))] {
+        let reference = step(&config, ranks, per_rank, Policy::Fair, 1);
+        for (policy, chunks) in
+            [(Policy::Priority, 1), (Policy::Fixed, 1), (Policy::Lina, 1), (Policy::Lina, 2), (Policy::Lina, 4)]
+        {
+            let other = step(&config, ranks, per_rank, policy, chunks);
+            assert_eq!(other.0.to_bits(), reference.0.to_bits(), "{policy} with {chunks} chunks: another loss");
+            assert!(other.1 == reference.1, "{policy} with {chunks} chunks: other gradients");
         }
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::{AuxLoss, ConfigError, FfnKind, ModelConfig, ModelKind, PositionKind, Sizes, SpecialTokens};
+use super::{AuxLoss, ConfigError, FfnKind, MAX_LAYERS, ModelConfig, ModelKind, PositionKind, Sizes, SpecialTokens};
 
 impl ModelConfig {
     /// Reads `config.json` in `folder`.
@@ -261,7 +261,7 @@ fn dense_layers(keys: &Keys<'_>, layers: usize) -> Result<Vec<usize>, String> {
                 match layer.as_u64() {
                     Some(index) if (index as usize) < layers => named.push(index as usize),
                     _ => {
-                        return Err(format!("`mlp_only_layers` has {layer}, expected layers from 0 to {}", layers - 1));
+                        return Err(format!("`mlp_only_layers` has {layer}, expected layers below {layers}"));
                     }
                 }
             }
@@ -272,7 +272,8 @@ fn dense_layers(keys: &Keys<'_>, layers: usize) -> Result<Vec<usize>, String> {
     if step == 0 {
         return Err("`decoder_sparse_step` is 0, expected at least 1".to_string());
     }
-    Ok((0..layers).filter(|layer| named.contains(layer) || !(layer + 1).is_multiple_of(step)).collect())
+    let layers = 0..layers.min(MAX_LAYERS);
+    Ok(layers.filter(|layer| named.contains(layer) || !(layer + 1).is_multiple_of(step)).collect())
 }
 
 fn special_tokens(keys: &Keys<'_>, kind: ModelKind) -> Result<SpecialTokens, String> {
@@ -425,7 +426,7 @@ mod tests {
             ("hidden_size", json!(30), "`hidden_size` is 30, expected a multiple of num_attention_heads = 4"),
             ("hidden_size", json!("x"), "`hidden_size` is \"x\", expected a whole number"),
             ("hidden_size", Value::Null, "`hidden_size` is missing, expected a number"),
-            ("num_hidden_layers", json!(0), "`layers` is 0, expected a number from 1 to 268435456"),
+            ("num_hidden_layers", json!(0), "`layers` is 0, expected a number from 1 to 65536"),
             ("num_key_value_heads", json!(3), "`heads` is 4, expected a multiple of kv_heads = 3"),
             ("num_experts_per_tok", json!(9), "`top_k` is 9, expected at most experts = 8"),
             ("head_dim", json!(7), "`head_dim` is 7, expected an even number, for rotary positions"),

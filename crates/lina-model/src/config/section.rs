@@ -270,4 +270,22 @@ mod tests {
         }
         assert!(resolve("kinds = 1").unwrap_err().starts_with("unknown field `kinds`"));
     }
+
+    #[test]
+    fn a_folder_says_what_the_model_is_and_the_section_how_it_trains() {
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+        let resolve = |toml: &str| {
+            let section: ModelSection = toml::from_str(toml).unwrap();
+            section.resolve(&base, "train.toml: [model]").map_err(|error| error.to_string())
+        };
+        let config = resolve("path = \"hf/olmoe\"\naux_loss = \"none\"\ncapacity_factor = 1.5").unwrap();
+        assert_eq!((config.experts, config.router.aux_loss), (16, AuxLoss::None));
+        assert_eq!(config.router.capacity_factor, Some(1.5));
+        assert_eq!(
+            resolve("path = \"hf/olmoe\"\nexperts = 8").unwrap_err(),
+            "train.toml: [model]: with `path`, sizes come from its config.json: expected only router settings \
+             (aux_loss, aux_loss_coefficient, z_loss_coefficient, jitter, capacity_factor) beside it"
+        );
+        assert!(resolve("path = \"hf\"").unwrap_err().contains("hf/config.json: cannot be read: "));
+    }
 }

@@ -169,7 +169,7 @@ impl Moe {
         pass.work(WorkKind::Router, Some(self.layer), 2 * product_flops(tokens, experts, hidden))?;
         let router = &config.router;
         let balance = (router.aux_loss != AuxLoss::None).then_some(self.balance_gradient.as_slice());
-        let losses = self.plan.global_tokens().max(1) as f64 * pass.step.micro_batches as f64;
+        let losses = self.plan.global_tokens().max(1) as f64 * pass.step.micro_batches();
         let grad_logits = &mut shared.grad_logits[..tokens * experts];
         kernels::router_backward(
             pass.compute,

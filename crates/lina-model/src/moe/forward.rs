@@ -90,7 +90,7 @@ impl Moe {
             let probabilities = &self.probabilities[..pass.tokens() * experts];
             self.probability_sums.fill(0.0);
             kernels::bias_grad(pass.compute, probabilities, &mut self.probability_sums);
-            let coefficient = f64::from(config.router.aux_loss_coefficient) / pass.step.micro_batches as f64;
+            let coefficient = f64::from(config.router.aux_loss_coefficient) / pass.step.micro_batches();
             for (expert, gradient) in self.balance_gradient.iter_mut().enumerate() {
                 let chosen = match config.router.aux_loss {
                     AuxLoss::Gshard => self.plan.global_first_choices(routes, expert),
@@ -212,6 +212,7 @@ fn exchange_counts(
     }
     let ticket = pass.comm.all_to_all(exchange)?;
     let exchange = pass.comm.wait(ticket)?;
+    pass.work(WorkKind::Permute, Some(layer), 0)?;
     for (source, message) in exchange.recv.chunks_exact(len).take(messages.len()).enumerate() {
         plan.read_message(routes, source, message);
     }
