@@ -60,7 +60,9 @@ impl Document {
 
     pub(super) fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
         let mut document = Document { file: file.to_path_buf(), table: Table::new() };
-        let line_of = |offset_bytes: usize| Origin::Line(1 + text[..offset_bytes].matches('\n').count());
+        let line_of = |offset_bytes: usize| {
+            Origin::Line(1 + text.bytes().take(offset_bytes).filter(|byte| *byte == b'\n').count())
+        };
         let parsed = DeTable::parse(text).map_err(|error| {
             let origin = error.span().map(|span| line_of(span.start));
             ConfigError::invalid(document.place(origin.as_ref()), one_line(error.message()))
