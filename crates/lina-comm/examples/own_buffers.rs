@@ -27,7 +27,10 @@ const STEPS: u64 = 6;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let link = Link { gbps: 10.0, latency_us: 10.0, launch_us: 5.0, nodes: RANKS, inner_gbps: 10.0 };
     let settings = PolicySettings { bucket_bytes: 1 << 20, partition_bytes: 50_000, pipeline_chunks: 2 };
-    println!("{:>8} {:>20} {:>24} {:>20}", "policy", "step (emulated) ms", "backward all-to-all ms", "the same alone ms");
+    println!(
+        "{:>8} {:>20} {:>24} {:>20}",
+        "policy", "step (emulated) ms", "backward all-to-all ms", "the same alone ms"
+    );
     for policy in [Policy::Fair, Policy::Lina] {
         let cluster = EmulatedCluster::new(EmulatedConfig {
             topology: Topology::new(link, RANKS)?,

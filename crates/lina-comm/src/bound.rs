@@ -15,8 +15,11 @@ pub(crate) enum ProgramOp {
     Submit(Vec<u64>),
     /// Waits for the step's all-to-all of this number.
     Wait(u32),
-    /// Waits for all gradients; the last micro-op reduces these bytes.
-    WaitGradients { members: Vec<usize>, last_bytes: u64 },
+    /// Waits for all gradients; the last one has these bytes to reduce.
+    WaitGradients {
+        members: Vec<usize>,
+        last_bytes: u64,
+    },
 }
 
 /// Lower bounds of a step, in nanoseconds.

@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use lina_net::Topology;
-use lina_plan::{GapTimings, Launch, Nanos, PolicyRules};
+use lina_plan::{GapTimings, GroupId, Launch, Nanos, PolicyRules};
 
 use crate::bound::{ProgramOp, StepBound, makespan};
 use crate::comm::{Port, Submission};
@@ -157,8 +157,8 @@ struct RankState {
     /// When the last gradient was done.
     gradients_done: Option<Nanos>,
     program: Vec<ProgramOp>,
-    /// Members and bytes of the last allreduce launched in this step.
-    last_reduction: (Vec<usize>, u64),
+    /// Group and bytes of the last gradient handed over in this step.
+    last_gradient: (GroupId, u64),
     /// What the rank did in the step that it has ended and others have not.
     finished_program: Option<Vec<ProgramOp>>,
     stats: StepStats,
@@ -184,7 +184,7 @@ impl RankState {
             step_start: 0,
             gradients_done: None,
             program: Vec::new(),
-            last_reduction: (Vec::new(), 0),
+            last_gradient: (GroupId::WORLD, 0),
             finished_program: None,
             stats: StepStats::default(),
             recording: false,
@@ -194,9 +194,7 @@ impl RankState {
 
     fn awaited_at(&self, awaited: Awaited) -> Option<Nanos> {
         match awaited {
-            Awaited::AllToAll(index) => {
-                self.exchanges.iter().find(|(_, done, _)| *done == index).map(|(at, _, _)| *at)
-            }
+            Awaited::AllToAll(index) => self.exchanges.iter().find(|(_, done, _)| *done == index).map(|(at, _, _)| *at),
             Awaited::Gradients => self.gradients_done,
             Awaited::Control => self.control.as_ref().map(|(at, _)| *at),
         }
@@ -312,7 +310,6 @@ impl State {
                     let members = &self.groups[reduction.group.0 as usize];
                     let bytes = (reduction.elements * size_of::<f32>()) as u64;
                     let id = self.wire.launch(now, rank, Channel::AllReduce, Shape::AllReduce { members, bytes });
-                    self.ranks[rank].last_reduction = (members.clone(), bytes);
                     if !members.contains(&rank) {
                         self.ranks[rank].driver.all_reduce_done(now, false);
                         continue;
@@ -371,6 +368,7 @@ impl State {
                 for (&rank, reduction) in members.iter().zip(reductions) {
                     let state = &mut self.ranks[rank];
                     state.stats.all_reduce += end - begin;
+                    state.stats.all_reduce_alone += alone;
                     let bytes = (reduction.elements * size_of::<f32>()) as u64;
                     let details = SpanDetails { layer: None, part: (reduction.index, 0), start: begin, end, bytes };
                     state.span(rank, Lane::AllReduce, "allreduce", details);
@@ -529,6 +527,9 @@ impl Port for EmulatedPort {
                 Submission::AllToAll(exchange) => state.program.push(ProgramOp::Submit(
                     exchange.send_elements.iter().map(|n| (n * size_of::<f32>()) as u64).collect(),
                 )),
+                Submission::Gradient { group, elements, .. } => {
+                    state.last_gradient = (*group, (elements * size_of::<f32>()) as u64);
+                }
                 Submission::Control(_) => state.control = None,
                 _ => {}
             }
@@ -549,9 +550,9 @@ impl Port for EmulatedPort {
     fn wait_gradients(&mut self) -> Result<(), CommError> {
         self.wait(Awaited::Gradients)?;
         let mut state = self.shared.lock();
-        let state = &mut state.ranks[self.rank];
-        let (members, last_bytes) = state.last_reduction.clone();
-        state.program.push(ProgramOp::WaitGradients { members, last_bytes });
+        let (group, last_bytes) = state.ranks[self.rank].last_gradient;
+        let members = state.groups[group.0 as usize].clone();
+        state.ranks[self.rank].program.push(ProgramOp::WaitGradients { members, last_bytes });
         Ok(())
     }
 

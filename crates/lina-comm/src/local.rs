@@ -45,8 +45,7 @@ impl LocalJob {
     /// # Errors
     /// If a thread cannot be started.
     pub fn start(config: LocalConfig, rules: PolicyRules) -> io::Result<(LocalJob, Vec<Comm>)> {
-        let mailboxes: Arc<Vec<Arc<Mailbox>>> =
-            Arc::new((0..config.ranks).map(|_| Arc::new(Mailbox::new())).collect());
+        let mailboxes: Arc<Vec<Arc<Mailbox>>> = Arc::new((0..config.ranks).map(|_| Arc::new(Mailbox::new())).collect());
         let groups = Arc::new(config.groups);
         let hub = Arc::new(Hub {
             state: Mutex::default(),
@@ -205,10 +204,10 @@ impl Hub {
     fn check(&self) -> Result<(), CommError> {
         let mut state = self.lock();
         if state.failure.is_none() {
-            let late = state.collectives.iter().find(|(_, collective)| {
-                !collective.complete
-                    && collective.first_arrival.elapsed() > self.timeout
-            });
+            let late = state
+                .collectives
+                .iter()
+                .find(|(_, collective)| !collective.complete && collective.first_arrival.elapsed() > self.timeout);
             if let Some((id, collective)) = late {
                 let here = |rank: &usize| collective.arrived.iter().any(|(arrived, _)| arrived == rank);
                 let rank = collective.members.iter().copied().find(|rank| !here(rank)).unwrap_or(0);

@@ -24,6 +24,8 @@ pub struct StepStats {
     pub all_to_all_backward_alone: Nanos,
     /// Allreduces were on the wire, counted alike.
     pub all_reduce: Nanos,
+    /// What the allreduces take while nothing else is on the wire; 0 where it is not known.
+    pub all_reduce_alone: Nanos,
     /// Bytes this rank sent in all-to-alls.
     pub all_to_all_bytes: u64,
     /// Time the brain took to decide, on the wall clock.

@@ -50,7 +50,9 @@ fn local(ranks: usize, delays: Option<Delays>, timeout: Duration, policy: Policy
 
 /// Sends `source * 100 + destination` to each rank, a number of times that depends on both, sometimes never.
 fn exchange(comm: &mut Comm, kind: AllToAllKind) -> Result<Ticket, CommError> {
-    let elements = |source: usize, destination: usize| (source * 3 + destination * 5 + kind.layer as usize) % 7 * 40 / kind.chunks as usize;
+    let elements = |source: usize, destination: usize| {
+        (source * 3 + destination * 5 + kind.layer as usize) % 7 * 40 / kind.chunks as usize
+    };
     let (me, ranks) = (comm.rank(), comm.ranks());
     let send_elements: Vec<usize> = (0..ranks).map(|destination| elements(me, destination)).collect();
     let recv_elements: Vec<usize> = (0..ranks).map(|source| elements(source, me)).collect();

@@ -27,12 +27,7 @@ pub struct DataConfig {
 
 impl Default for DataConfig {
     fn default() -> Self {
-        Self {
-            files: Vec::new(),
-            eval_files: Vec::new(),
-            eval_fraction: 0.05,
-            text_key: DEFAULT_TEXT_KEY.into(),
-        }
+        Self { files: Vec::new(), eval_files: Vec::new(), eval_fraction: 0.05, text_key: DEFAULT_TEXT_KEY.into() }
     }
 }
 
@@ -64,22 +59,10 @@ impl TrainingData {
         }
         let eval_sources = Sources::from_globs(&config.eval_files)?.with_text_key(&config.text_key);
         sources.check_disjoint(&eval_sources)?;
-        let train = Dataset::whole(
-            TokenStream::read(&sources, tokenizer)?.into(),
-            sequence_tokens,
-            seed,
-            "training",
-        )?;
-        let held_out = Dataset::whole(
-            TokenStream::read(&eval_sources, tokenizer)?.into(),
-            sequence_tokens,
-            seed,
-            "held-out",
-        )?;
-        Ok(Self {
-            train,
-            held_out: Some(held_out),
-        })
+        let train = Dataset::whole(TokenStream::read(&sources, tokenizer)?.into(), sequence_tokens, seed, "training")?;
+        let held_out =
+            Dataset::whole(TokenStream::read(&eval_sources, tokenizer)?.into(), sequence_tokens, seed, "held-out")?;
+        Ok(Self { train, held_out: Some(held_out) })
     }
 }
 
@@ -125,12 +108,9 @@ impl Dataset {
                 reason: "one sequence to train on and one held out, and the last token's target",
             });
         }
-        let held_out = (!held_out.is_empty())
-            .then(|| Self::of_windows(stream.clone(), sequence_tokens, held_out, seed));
-        Ok(TrainingData {
-            train: Self::of_windows(stream, sequence_tokens, train, seed),
-            held_out,
-        })
+        let held_out =
+            (!held_out.is_empty()).then(|| Self::of_windows(stream.clone(), sequence_tokens, held_out, seed));
+        Ok(TrainingData { train: Self::of_windows(stream, sequence_tokens, train, seed), held_out })
     }
 
     /// Cuts a whole stream into sequences. `part` names the data in errors.
@@ -145,27 +125,12 @@ impl Dataset {
         part: &'static str,
     ) -> Result<Self, DataError> {
         let windows = count_windows(&stream, sequence_tokens, part)?;
-        Ok(Self::of_windows(
-            stream,
-            sequence_tokens,
-            (0..windows).collect(),
-            seed,
-        ))
+        Ok(Self::of_windows(stream, sequence_tokens, (0..windows).collect(), seed))
     }
 
-    fn of_windows(
-        stream: Arc<TokenStream>,
-        sequence_tokens: usize,
-        windows: Vec<u32>,
-        seed: u64,
-    ) -> Self {
+    fn of_windows(stream: Arc<TokenStream>, sequence_tokens: usize, windows: Vec<u32>, seed: u64) -> Self {
         let order = EpochOrder::new(windows.len() as u64, seed);
-        Self {
-            stream,
-            sequence_tokens,
-            windows,
-            order,
-        }
+        Self { stream, sequence_tokens, windows, order }
     }
 
     /// Number of sequences, at least 1.
@@ -186,14 +151,8 @@ impl Dataset {
     /// The sequences of a global batch, in order: `batch_sequences` indices below [`Dataset::sequences`], for
     /// [`Dataset::sequence`]. Each epoch has every sequence once, in a permutation that depends on the seed and the
     /// epoch only; a batch at the end of an epoch goes on in the next. A rank takes its part of the iterator.
-    pub fn batch(
-        &self,
-        step: u64,
-        batch_sequences: usize,
-    ) -> impl ExactSizeIterator<Item = usize> + Clone + use<> {
-        self.order
-            .range(step * batch_sequences as u64, batch_sequences)
-            .map(|index| index as usize)
+    pub fn batch(&self, step: u64, batch_sequences: usize) -> impl ExactSizeIterator<Item = usize> + Clone + use<> {
+        self.order.range(step * batch_sequences as u64, batch_sequences).map(|index| index as usize)
     }
 
     /// Epochs that are over once `steps` batches have been trained on.
@@ -218,10 +177,7 @@ impl Dataset {
     /// If `index` is not below [`Dataset::sequences`].
     pub fn document_starts(&self, index: usize) -> impl Iterator<Item = usize> + '_ {
         let start = self.start(index);
-        self.stream
-            .document_starts_in(start..start + self.sequence_tokens)
-            .iter()
-            .map(move |position| position - start)
+        self.stream.document_starts_in(start..start + self.sequence_tokens).iter().map(move |position| position - start)
     }
 
     fn start(&self, index: usize) -> usize {
@@ -241,11 +197,7 @@ fn check_fraction(eval_fraction: f64) -> Result<(), DataError> {
 }
 
 /// Whole windows in a stream, at least one.
-fn count_windows(
-    stream: &TokenStream,
-    sequence_tokens: usize,
-    part: &'static str,
-) -> Result<u32, DataError> {
+fn count_windows(stream: &TokenStream, sequence_tokens: usize, part: &'static str) -> Result<u32, DataError> {
     if sequence_tokens == 0 {
         return Err(DataError::Setting {
             key: "sequence_tokens",
@@ -269,11 +221,7 @@ fn count_windows(
 /// The training and the held-out windows of `0..windows`, both ascending.
 fn hold_out(windows: u32, fraction: f64) -> (Vec<u32>, Vec<u32>) {
     let total = windows as usize;
-    let wanted = if fraction > 0.0 {
-        ((total as f64 * fraction).round() as usize).max(1)
-    } else {
-        0
-    };
+    let wanted = if fraction > 0.0 { ((total as f64 * fraction).round() as usize).max(1) } else { 0 };
     let stretches = wanted.min(HELD_OUT_STRETCHES);
     let mut is_held_out = vec![false; total];
     for stretch in 0..stretches {
@@ -292,9 +240,7 @@ mod tests {
 
     /// A stream whose token at position `i` is byte `i % 256`.
     fn counting(tokens: usize) -> Arc<TokenStream> {
-        let text: String = (0..tokens)
-            .map(|position| (position % 128) as u8 as char)
-            .collect();
+        let text: String = (0..tokens).map(|position| (position % 128) as u8 as char).collect();
         Arc::new(TokenStream::from_text(&text, &Tokenizer::bytes()).unwrap())
     }
 
@@ -305,18 +251,8 @@ mod tests {
         let (input, target) = data.sequence(1);
         assert_eq!(input, [8, 9, 10, 11, 12, 13, 14, 15]);
         assert_eq!(target, [9, 10, 11, 12, 13, 14, 15, 16]);
-        assert_eq!(
-            Dataset::whole(counting(25), 8, 0, "training")
-                .unwrap()
-                .sequences(),
-            3
-        );
-        assert_eq!(
-            Dataset::whole(counting(24), 8, 0, "training")
-                .unwrap()
-                .sequences(),
-            2
-        );
+        assert_eq!(Dataset::whole(counting(25), 8, 0, "training").unwrap().sequences(), 3);
+        assert_eq!(Dataset::whole(counting(24), 8, 0, "training").unwrap().sequences(), 2);
     }
 
     #[test]
@@ -324,9 +260,7 @@ mod tests {
         let data = Dataset::whole(counting(8 * 30 + 1), 8, 5, "training").unwrap();
         for batch_sequences in [1, 4, 7, 30, 45] {
             let steps = 90u64.div_ceil(batch_sequences as u64);
-            let order: Vec<usize> = (0..steps)
-                .flat_map(|step| data.batch(step, batch_sequences))
-                .collect();
+            let order: Vec<usize> = (0..steps).flat_map(|step| data.batch(step, batch_sequences)).collect();
             for epoch in order.chunks_exact(30) {
                 let mut epoch = epoch.to_vec();
                 epoch.sort_unstable();
@@ -358,9 +292,7 @@ mod tests {
         let data = Dataset::split(counting(8 * 40 + 1), 8, 0.2, 1).unwrap();
         let held_out = data.held_out.unwrap();
         let targets = |part: &Dataset| -> Vec<usize> {
-            (0..part.sequences())
-                .flat_map(|index| part.start(index) + 1..=part.start(index) + 8)
-                .collect()
+            (0..part.sequences()).flat_map(|index| part.start(index) + 1..=part.start(index) + 8).collect()
         };
         let mut all = [targets(&data.train), targets(&held_out)].concat();
         all.sort_unstable();
@@ -371,11 +303,7 @@ mod tests {
     fn document_starts_are_relative_to_the_sequence() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("a.jsonl");
-        std::fs::write(
-            &file,
-            "{\"text\": \"abc\"}\n{\"text\": \"de\"}\n{\"text\": \"fgh\"}",
-        )
-        .unwrap();
+        std::fs::write(&file, "{\"text\": \"abc\"}\n{\"text\": \"de\"}\n{\"text\": \"fgh\"}").unwrap();
         let sources = Sources::from_globs(&[file.to_str().unwrap()]).unwrap();
         let stream = TokenStream::read(&sources, &Tokenizer::bytes()).unwrap();
         let data = Dataset::whole(stream.into(), 3, 0, "training").unwrap();
@@ -395,26 +323,17 @@ mod tests {
             "the training data has 16 tokens; sequences of 8 tokens need at least 17 (one sequence to train on and one held out, and the last token's target)"
         );
         assert!(Dataset::split(counting(17), 8, 0.1, 0).is_ok());
-        assert!(
-            Dataset::split(counting(9), 8, 0.0, 0)
-                .unwrap()
-                .held_out
-                .is_none()
-        );
+        assert!(Dataset::split(counting(9), 8, 0.0, 0).unwrap().held_out.is_none());
     }
 
     #[test]
     fn settings_have_ranges() {
         for fraction in [-0.1, 1.0, f64::NAN] {
-            let message = Dataset::split(counting(100), 8, fraction, 0)
-                .unwrap_err()
-                .to_string();
+            let message = Dataset::split(counting(100), 8, fraction, 0).unwrap_err().to_string();
             assert!(message.starts_with("`eval_fraction` is "), "{message}");
         }
         assert_eq!(
-            Dataset::split(counting(100), 0, 0.1, 0)
-                .unwrap_err()
-                .to_string(),
+            Dataset::split(counting(100), 0, 0.1, 0).unwrap_err().to_string(),
             "`sequence_tokens` is 0; expected a number of at least 1"
         );
     }
@@ -427,38 +346,16 @@ mod tests {
             std::fs::write(&file, text).unwrap();
             file.to_str().unwrap().to_string()
         };
-        let (train, eval) = (
-            write("train.txt", &"ab".repeat(40)),
-            write("eval.txt", "0123456789"),
-        );
-        let config = |eval_files| DataConfig {
-            files: vec![train.clone()],
-            eval_files,
-            ..DataConfig::default()
-        };
-        let load = |config: &DataConfig, tokens| {
-            TrainingData::load(config, &Tokenizer::bytes(), tokens, 0)
-        };
+        let (train, eval) = (write("train.txt", &"ab".repeat(40)), write("eval.txt", "0123456789"));
+        let config = |eval_files| DataConfig { files: vec![train.clone()], eval_files, ..DataConfig::default() };
+        let load = |config: &DataConfig, tokens| TrainingData::load(config, &Tokenizer::bytes(), tokens, 0);
 
         let data = load(&config(vec![eval.clone()]), 4).unwrap();
         assert_eq!(data.train.sequences(), 19);
         assert_eq!(data.held_out.unwrap().sequence(0).0, [48, 49, 50, 51]);
         let message = load(&config(vec![eval]), 12).unwrap_err().to_string();
-        assert!(
-            message.starts_with("the held-out data has 10 tokens"),
-            "{message}"
-        );
-        assert!(matches!(
-            load(&config(vec![train.clone()]), 4),
-            Err(DataError::InBothParts { .. })
-        ));
-        assert_eq!(
-            load(&config(vec![]), 4)
-                .unwrap()
-                .held_out
-                .unwrap()
-                .sequences(),
-            1
-        );
+        assert!(message.starts_with("the held-out data has 10 tokens"), "{message}");
+        assert!(matches!(load(&config(vec![train.clone()]), 4), Err(DataError::InBothParts { .. })));
+        assert_eq!(load(&config(vec![]), 4).unwrap().held_out.unwrap().sequences(), 1);
     }
 }

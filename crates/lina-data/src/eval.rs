@@ -20,11 +20,7 @@ impl<'a> EvalWindows<'a> {
     pub fn new(stream: &'a TokenStream, window_tokens: usize) -> Result<Self, DataError> {
         if window_tokens < 2 {
             let found = window_tokens.to_string();
-            return Err(DataError::Setting {
-                key: "seq-tokens",
-                found,
-                expected: "a number of at least 2",
-            });
+            return Err(DataError::Setting { key: "seq-tokens", found, expected: "a number of at least 2" });
         }
         if stream.len() < window_tokens {
             return Err(DataError::TooShort {
@@ -35,10 +31,7 @@ impl<'a> EvalWindows<'a> {
                 reason: "one whole window",
             });
         }
-        Ok(Self {
-            tokens: stream.tokens(),
-            window_tokens,
-        })
+        Ok(Self { tokens: stream.tokens(), window_tokens })
     }
 
     /// Number of windows, at least 1.
@@ -77,13 +70,7 @@ mod tests {
         let stream = TokenStream::from_text("abcdefgh", &Tokenizer::bytes()).unwrap();
         let windows = EvalWindows::new(&stream, 3).unwrap();
         let pairs: Vec<_> = windows.iter().collect();
-        assert_eq!(
-            pairs,
-            [
-                (&[97, 98][..], &[98, 99][..]),
-                (&[100, 101][..], &[101, 102][..])
-            ]
-        );
+        assert_eq!(pairs, [(&[97, 98][..], &[98, 99][..]), (&[100, 101][..], &[101, 102][..])]);
         assert_eq!((windows.windows(), windows.predicted_tokens()), (2, 4));
     }
 
@@ -94,12 +81,7 @@ mod tests {
             EvalWindows::new(&stream, 4).unwrap_err().to_string(),
             "the evaluation data has 3 tokens; sequences of 4 tokens need at least 4 (one whole window)"
         );
-        assert!(
-            EvalWindows::new(&stream, 1)
-                .unwrap_err()
-                .to_string()
-                .contains("`seq-tokens` is 1")
-        );
+        assert!(EvalWindows::new(&stream, 1).unwrap_err().to_string().contains("`seq-tokens` is 1"));
         assert_eq!(EvalWindows::new(&stream, 3).unwrap().windows(), 1);
     }
 }

@@ -31,11 +31,7 @@ impl Permutation {
             state = state.wrapping_add(GOLDEN_GAMMA);
             mix(state)
         });
-        Self {
-            len,
-            half_bits,
-            keys,
-        }
+        Self { len, half_bits, keys }
     }
 
     /// The element at a position.
@@ -43,11 +39,7 @@ impl Permutation {
     /// # Panics
     /// If `position` is not below the permutation's length.
     pub fn at(&self, position: u64) -> u64 {
-        assert!(
-            position < self.len,
-            "position {position} of a permutation of {} elements",
-            self.len
-        );
+        assert!(position < self.len, "position {position} of a permutation of {} elements", self.len);
         // The domain is at most eight times the range (four times above two elements), so the walk is short; it ends
         // because a permutation's cycle through `position` comes back into the range at the latest at `position`.
         let mut value = self.encrypt(position);
@@ -85,11 +77,7 @@ impl EpochOrder {
     }
 
     /// The elements at positions `from..from + count` of the endless order.
-    pub fn range(
-        &self,
-        from: u64,
-        count: usize,
-    ) -> impl ExactSizeIterator<Item = u64> + Clone + use<> {
+    pub fn range(&self, from: u64, count: usize) -> impl ExactSizeIterator<Item = u64> + Clone + use<> {
         let Self { len, seed } = *self;
         let mut epoch = from / len;
         let mut permutation = Permutation::new(len, seed, epoch);
@@ -157,19 +145,13 @@ mod tests {
         for seed in 0..24_000 {
             *counts.entry(all(4, seed, 0)).or_insert(0u32) += 1;
         }
-        assert!(
-            counts.values().all(|&count| count.abs_diff(1000) < 190),
-            "{counts:?}"
-        );
+        assert!(counts.values().all(|&count| count.abs_diff(1000) < 190), "{counts:?}");
         // An element is as likely at any position, also where the walk skips much of the domain.
         let mut first = [0u32; 5];
         for seed in 0..10_000 {
             first[Permutation::new(5, seed, 0).at(0) as usize] += 1;
         }
-        assert!(
-            first.iter().all(|&count| count.abs_diff(2000) < 240),
-            "{first:?}"
-        );
+        assert!(first.iter().all(|&count| count.abs_diff(2000) < 240), "{first:?}");
     }
 
     #[test]

@@ -44,9 +44,7 @@ impl Sources {
         for glob in globs {
             let found = expand(glob.as_ref())?;
             if found.is_empty() {
-                return Err(DataError::NoMatch {
-                    glob: glob.as_ref().to_string(),
-                });
+                return Err(DataError::NoMatch { glob: glob.as_ref().to_string() });
             }
             files.extend(found);
         }
@@ -58,10 +56,7 @@ impl Sources {
                 unique.push(file);
             }
         }
-        Ok(Self {
-            files: unique,
-            text_key: DEFAULT_TEXT_KEY.into(),
-        })
+        Ok(Self { files: unique, text_key: DEFAULT_TEXT_KEY.into() })
     }
 
     /// The same files, with the text of a JSONL object under another key than `text`.
@@ -80,11 +75,7 @@ impl Sources {
     /// # Errors
     /// [`DataError::InBothParts`] with the first such file.
     pub fn check_disjoint(&self, other: &Sources) -> Result<(), DataError> {
-        let others = other
-            .files
-            .iter()
-            .map(|file| canonical(file))
-            .collect::<Result<HashSet<_>, _>>()?;
+        let others = other.files.iter().map(|file| canonical(file)).collect::<Result<HashSet<_>, _>>()?;
         for file in &self.files {
             if others.contains(&canonical(file)?) {
                 return Err(DataError::InBothParts { file: file.clone() });
@@ -99,34 +90,22 @@ impl Sources {
     /// The iterator yields [`DataError::Read`], [`DataError::NotUtf8`] and [`DataError::JsonLine`], and ends its file
     /// there.
     pub fn documents(&self) -> impl Iterator<Item = Result<Document, DataError>> + '_ {
-        self.files
-            .iter()
-            .flat_map(|file| match self.read_file(file) {
-                Ok(documents) => documents.into_iter().map(Ok).collect(),
-                Err(error) => vec![Err(error)],
-            })
+        self.files.iter().flat_map(|file| match self.read_file(file) {
+            Ok(documents) => documents.into_iter().map(Ok).collect(),
+            Err(error) => vec![Err(error)],
+        })
     }
 
     fn read_file(&self, file: &Path) -> Result<Vec<Document>, DataError> {
-        let bytes = std::fs::read(file).map_err(|source| DataError::Read {
-            file: file.to_path_buf(),
-            source,
-        })?;
+        let bytes = std::fs::read(file).map_err(|source| DataError::Read { file: file.to_path_buf(), source })?;
         let text = String::from_utf8(bytes).map_err(|error| DataError::NotUtf8 {
             file: file.to_path_buf(),
             offset_bytes: error.utf8_error().valid_up_to(),
         })?;
-        let mut documents = if file
-            .extension()
-            .is_some_and(|extension| extension == "jsonl")
-        {
+        let mut documents = if file.extension().is_some_and(|extension| extension == "jsonl") {
             self.json_lines(file, &text)?
         } else {
-            vec![Document {
-                text,
-                file: file.to_path_buf(),
-                line: None,
-            }]
+            vec![Document { text, file: file.to_path_buf(), line: None }]
         };
         documents.retain(|document| !document.text.is_empty());
         Ok(documents)
@@ -134,11 +113,7 @@ impl Sources {
 
     fn json_lines(&self, file: &Path, text: &str) -> Result<Vec<Document>, DataError> {
         let mut documents = Vec::new();
-        for (index, json) in text
-            .lines()
-            .enumerate()
-            .filter(|(_, json)| !json.trim().is_empty())
-        {
+        for (index, json) in text.lines().enumerate().filter(|(_, json)| !json.trim().is_empty()) {
             let line = index + 1;
             let text = self.text_of(json).map_err(|found| DataError::JsonLine {
                 file: file.to_path_buf(),
@@ -146,11 +121,7 @@ impl Sources {
                 found,
                 key: self.text_key.clone(),
             })?;
-            documents.push(Document {
-                text,
-                file: file.to_path_buf(),
-                line: Some(line),
-            });
+            documents.push(Document { text, file: file.to_path_buf(), line: Some(line) });
         }
         Ok(documents)
     }
@@ -168,17 +139,10 @@ impl Sources {
         };
         match object.remove(&self.text_key) {
             Some(serde_json::Value::String(text)) => Ok(text),
-            Some(other) => Err(format!(
-                "its key `{}` holds {}",
-                self.text_key,
-                kind_of(&other)
-            )),
+            Some(other) => Err(format!("its key `{}` holds {}", self.text_key, kind_of(&other))),
             None => {
                 let keys: Vec<_> = object.keys().map(|key| format!("`{key}`")).collect();
-                Err(format!(
-                    "found an object with the keys [{}]",
-                    keys.join(", ")
-                ))
+                Err(format!("found an object with the keys [{}]", keys.join(", ")))
             }
         }
     }
@@ -194,10 +158,7 @@ fn expand(glob: &str) -> Result<Vec<PathBuf>, DataError> {
     })?;
     let mut files = Vec::new();
     for path in paths {
-        let path = path.map_err(|error| DataError::Read {
-            file: error.path().to_path_buf(),
-            source: error.into(),
-        })?;
+        let path = path.map_err(|error| DataError::Read { file: error.path().to_path_buf(), source: error.into() })?;
         if path.is_file() {
             files.push(path);
         }
@@ -206,10 +167,7 @@ fn expand(glob: &str) -> Result<Vec<PathBuf>, DataError> {
 }
 
 fn canonical(file: &Path) -> Result<PathBuf, DataError> {
-    file.canonicalize().map_err(|source| DataError::Read {
-        file: file.to_path_buf(),
-        source,
-    })
+    file.canonicalize().map_err(|source| DataError::Read { file: file.to_path_buf(), source })
 }
 
 fn kind_of(value: &serde_json::Value) -> &'static str {
@@ -245,33 +203,17 @@ mod tests {
         }
 
         fn sources(&self, patterns: &[&str]) -> Result<Sources, DataError> {
-            Sources::from_globs(
-                &patterns
-                    .iter()
-                    .map(|pattern| self.glob(pattern))
-                    .collect::<Vec<_>>(),
-            )
+            Sources::from_globs(&patterns.iter().map(|pattern| self.glob(pattern)).collect::<Vec<_>>())
         }
 
         fn names(&self, patterns: &[&str]) -> Vec<String> {
             let sources = self.sources(patterns).unwrap();
-            let relative = |file: &PathBuf| {
-                file.strip_prefix(self.0.path())
-                    .unwrap()
-                    .to_str()
-                    .unwrap()
-                    .to_string()
-            };
+            let relative = |file: &PathBuf| file.strip_prefix(self.0.path()).unwrap().to_str().unwrap().to_string();
             sources.files().iter().map(relative).collect()
         }
 
         fn first_error(&self, patterns: &[&str]) -> String {
-            self.sources(patterns)
-                .unwrap()
-                .documents()
-                .find_map(Result::err)
-                .unwrap()
-                .to_string()
+            self.sources(patterns).unwrap().documents().find_map(Result::err).unwrap().to_string()
         }
     }
 
@@ -285,65 +227,37 @@ mod tests {
             ("e[1].md", b"e"),
         ]);
         assert_eq!(folder.names(&["*.txt"]), ["a.txt", "b.txt"]);
-        assert_eq!(
-            folder.names(&["**/*.txt"]),
-            [".hidden/d.txt", "a.txt", "b.txt", "target/c.txt"]
-        );
-        assert_eq!(
-            folder.names(&["b.txt", "*.txt", "target/../b.txt"]),
-            ["a.txt", "b.txt"]
-        );
+        assert_eq!(folder.names(&["**/*.txt"]), [".hidden/d.txt", "a.txt", "b.txt", "target/c.txt"]);
+        assert_eq!(folder.names(&["b.txt", "*.txt", "target/../b.txt"]), ["a.txt", "b.txt"]);
         assert_eq!(folder.names(&["e[1].md"]), ["e[1].md"]);
     }
 
     #[test]
     fn every_glob_must_match() {
         let folder = Folder::with(&[("a.txt", b"a"), ("sub/b.md", b"b")]);
-        let message = folder
-            .sources(&["*.txt", "*.jsonl"])
-            .unwrap_err()
-            .to_string();
+        let message = folder.sources(&["*.txt", "*.jsonl"]).unwrap_err().to_string();
         assert!(message.contains("/*.jsonl` matches no file"), "{message}");
-        assert!(
-            folder
-                .sources(&["su*"])
-                .unwrap_err()
-                .to_string()
-                .contains("matches no file"),
-            "a folder is no file"
-        );
+        assert!(folder.sources(&["su*"]).unwrap_err().to_string().contains("matches no file"), "a folder is no file");
         let message = folder.sources(&["***.txt"]).unwrap_err().to_string();
-        assert!(
-            message.contains("not a valid pattern") && message.contains("position"),
-            "{message}"
-        );
-        assert!(matches!(
-            Sources::from_globs::<&str>(&[]),
-            Err(DataError::NoGlobs)
-        ));
+        assert!(message.contains("not a valid pattern") && message.contains("position"), "{message}");
+        assert!(matches!(Sources::from_globs::<&str>(&[]), Err(DataError::NoGlobs)));
     }
 
     #[test]
     fn text_files_are_whole_documents_and_jsonl_files_one_a_line() {
         let folder = Folder::with(&[
             ("a.txt", "première\nligne".as_bytes()),
-            ("b.jsonl", b"{\"text\": \"one\\ntwo\", \"id\": 1}\r\n\n{\"text\": \"\"}\n{\"id\": 4, \"text\": \"caf\\u00e9\"}"),
+            (
+                "b.jsonl",
+                b"{\"text\": \"one\\ntwo\", \"id\": 1}\r\n\n{\"text\": \"\"}\n{\"id\": 4, \"text\": \"caf\\u00e9\"}",
+            ),
             ("empty.txt", b""),
         ]);
-        let documents: Vec<_> = folder
-            .sources(&["*"])
-            .unwrap()
-            .documents()
-            .map(|d| d.unwrap())
-            .map(|d| (d.text, d.line))
-            .collect();
+        let documents: Vec<_> =
+            folder.sources(&["*"]).unwrap().documents().map(|d| d.unwrap()).map(|d| (d.text, d.line)).collect();
         assert_eq!(
             documents,
-            [
-                ("première\nligne".into(), None),
-                ("one\ntwo".into(), Some(1)),
-                ("café".into(), Some(4))
-            ]
+            [("première\nligne".into(), None), ("one\ntwo".into(), Some(1)), ("café".into(), Some(4))]
         );
     }
 
@@ -364,20 +278,11 @@ mod tests {
         for (line, found) in [
             ("{\"text\": 3}", "its key `text` holds a number"),
             ("[1]", "found an array"),
-            (
-                "{\"text\": \"x",
-                "not JSON, EOF while parsing a string at column 11",
-            ),
+            ("{\"text\": \"x", "not JSON, EOF while parsing a string at column 11"),
         ] {
-            let folder = Folder::with(&[(
-                "a.jsonl",
-                format!("{{\"text\": \"fine\"}}\n{line}\n").as_bytes(),
-            )]);
+            let folder = Folder::with(&[("a.jsonl", format!("{{\"text\": \"fine\"}}\n{line}\n").as_bytes())]);
             let message = folder.first_error(&["*"]);
-            assert!(
-                message.contains(&format!("a.jsonl` line 2: {found};")),
-                "{message}"
-            );
+            assert!(message.contains(&format!("a.jsonl` line 2: {found};")), "{message}");
         }
     }
 
@@ -386,9 +291,7 @@ mod tests {
         let folder = Folder::with(&[("latin1.txt", b"caf\xe9 noir")]);
         let message = folder.first_error(&["*"]);
         assert!(
-            message.ends_with(
-                "latin1.txt` is not UTF-8 text: the byte at offset 3 starts no valid character"
-            ),
+            message.ends_with("latin1.txt` is not UTF-8 text: the byte at offset 3 starts no valid character"),
             "{message}"
         );
     }
@@ -397,19 +300,7 @@ mod tests {
     fn parts_must_not_share_a_file() {
         let folder = Folder::with(&[("a.txt", b"a"), ("b.txt", b"b")]);
         let train = folder.sources(&["*.txt"]).unwrap();
-        assert!(
-            train
-                .check_disjoint(&folder.sources(&["b.txt"]).unwrap())
-                .unwrap_err()
-                .to_string()
-                .contains("b.txt")
-        );
-        assert!(
-            folder
-                .sources(&["a.txt"])
-                .unwrap()
-                .check_disjoint(&folder.sources(&["b.txt"]).unwrap())
-                .is_ok()
-        );
+        assert!(train.check_disjoint(&folder.sources(&["b.txt"]).unwrap()).unwrap_err().to_string().contains("b.txt"));
+        assert!(folder.sources(&["a.txt"]).unwrap().check_disjoint(&folder.sources(&["b.txt"]).unwrap()).is_ok());
     }
 }

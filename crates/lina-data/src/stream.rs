@@ -23,32 +23,21 @@ impl TokenStream {
         let mut stream = Self::empty();
         for document in sources.documents() {
             let document = document?;
-            stream
-                .push(&document.text, tokenizer)
-                .map_err(|error| match error {
-                    DataError::Encode {
-                        tokenizer, reason, ..
-                    } => {
-                        let file = document.file.display();
-                        let what = match document.line {
-                            Some(line) => format!("`{file}` line {line}"),
-                            None => format!("`{file}`"),
-                        };
-                        DataError::Encode {
-                            tokenizer,
-                            what,
-                            reason,
-                        }
-                    }
-                    other => other,
-                })?;
+            stream.push(&document.text, tokenizer).map_err(|error| match error {
+                DataError::Encode { tokenizer, reason, .. } => {
+                    let file = document.file.display();
+                    let what = match document.line {
+                        Some(line) => format!("`{file}` line {line}"),
+                        None => format!("`{file}`"),
+                    };
+                    DataError::Encode { tokenizer, what, reason }
+                }
+                other => other,
+            })?;
         }
         if stream.tokens.is_empty() {
             let first = sources.files().first().cloned().unwrap_or_default();
-            return Err(DataError::Empty {
-                files: sources.files().len(),
-                first,
-            });
+            return Err(DataError::Empty { files: sources.files().len(), first });
         }
         Ok(stream)
     }
@@ -64,11 +53,7 @@ impl TokenStream {
     }
 
     fn empty() -> Self {
-        Self {
-            tokens: Vec::new(),
-            document_starts: Vec::new(),
-            largest_token: 0,
-        }
+        Self { tokens: Vec::new(), document_starts: Vec::new(), largest_token: 0 }
     }
 
     fn push(&mut self, text: &str, tokenizer: &Tokenizer) -> Result<(), DataError> {
@@ -106,12 +91,8 @@ impl TokenStream {
 
     /// The document starts that lie in a range of positions.
     pub fn document_starts_in(&self, range: Range<usize>) -> &[usize] {
-        let from = self
-            .document_starts
-            .partition_point(|&start| start < range.start);
-        let to = self
-            .document_starts
-            .partition_point(|&start| start < range.end);
+        let from = self.document_starts.partition_point(|&start| start < range.start);
+        let to = self.document_starts.partition_point(|&start| start < range.end);
         &self.document_starts[from..to]
     }
 
@@ -119,18 +100,10 @@ impl TokenStream {
     ///
     /// # Errors
     /// [`DataError::OutsideVocabulary`] with the largest id.
-    pub fn check_vocabulary(
-        &self,
-        vocab_size: usize,
-        tokenizer: &Tokenizer,
-    ) -> Result<(), DataError> {
+    pub fn check_vocabulary(&self, vocab_size: usize, tokenizer: &Tokenizer) -> Result<(), DataError> {
         if !self.is_empty() && self.largest_token as usize >= vocab_size {
             let tokenizer = tokenizer.to_string();
-            return Err(DataError::OutsideVocabulary {
-                token: self.largest_token,
-                tokenizer,
-                vocab_size,
-            });
+            return Err(DataError::OutsideVocabulary { token: self.largest_token, tokenizer, vocab_size });
         }
         Ok(())
     }
@@ -150,13 +123,7 @@ mod tests {
     #[test]
     fn documents_follow_each_other_with_their_end() {
         let folder = tempfile::tempdir().unwrap();
-        let sources = sources(
-            &folder,
-            &[
-                ("a.txt", "ab"),
-                ("b.jsonl", "{\"text\": \"é\"}\n{\"text\": \"c\"}"),
-            ],
-        );
+        let sources = sources(&folder, &[("a.txt", "ab"), ("b.jsonl", "{\"text\": \"é\"}\n{\"text\": \"c\"}")]);
         let plain = TokenStream::read(&sources, &Tokenizer::bytes()).unwrap();
         assert_eq!(plain.tokens(), [97, 98, 195, 169, 99]);
         assert_eq!(plain.document_starts(), [0, 2, 4]);
@@ -172,12 +139,9 @@ mod tests {
     fn nothing_to_read_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let sources = sources(&folder, &[("a.txt", ""), ("b.jsonl", "\n")]);
-        let message = TokenStream::read(&sources, &Tokenizer::bytes())
-            .unwrap_err()
-            .to_string();
+        let message = TokenStream::read(&sources, &Tokenizer::bytes()).unwrap_err().to_string();
         assert!(
-            message.starts_with("the data is empty: 2 file(s) were read")
-                && message.contains("a.txt"),
+            message.starts_with("the data is empty: 2 file(s) were read") && message.contains("a.txt"),
             "{message}"
         );
     }
@@ -187,10 +151,7 @@ mod tests {
         let stream = TokenStream::from_text("az", &Tokenizer::bytes()).unwrap();
         assert!(stream.check_vocabulary(123, &Tokenizer::bytes()).is_ok());
         assert_eq!(
-            stream
-                .check_vocabulary(122, &Tokenizer::bytes())
-                .unwrap_err()
-                .to_string(),
+            stream.check_vocabulary(122, &Tokenizer::bytes()).unwrap_err().to_string(),
             "the data holds token id 122 (tokenizer `bytes`), and the model's vocab_size is 122; every id must be below it"
         );
     }
@@ -208,16 +169,10 @@ mod tests {
         .unwrap();
         let tokenizer = Tokenizer::from_file(&file).unwrap();
         let texts = tempfile::tempdir().unwrap();
-        let sources = sources(
-            &texts,
-            &[("a.jsonl", "{\"text\": \"yes yes\"}\n{\"text\": \"no\"}")],
-        );
-        let message = TokenStream::read(&sources, &tokenizer)
-            .unwrap_err()
-            .to_string();
+        let sources = sources(&texts, &[("a.jsonl", "{\"text\": \"yes yes\"}\n{\"text\": \"no\"}")]);
+        let message = TokenStream::read(&sources, &tokenizer).unwrap_err().to_string();
         assert!(
-            message.contains("tokenizer.json` cannot encode `")
-                && message.contains("a.jsonl` line 2"),
+            message.contains("tokenizer.json` cannot encode `") && message.contains("a.jsonl` line 2"),
             "{message}"
         );
     }

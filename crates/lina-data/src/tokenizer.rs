@@ -10,13 +10,7 @@ use crate::DataError;
 const BYTE_VOCABULARY: usize = 256;
 
 /// Names under which published tokenizers carry their end-of-text token, the more specific first.
-const END_OF_TEXT_NAMES: [&str; 5] = [
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "</s>",
-    "<eos>",
-];
+const END_OF_TEXT_NAMES: [&str; 5] = ["<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>"];
 
 /// Turns text into token ids and ids into text. Cheap to clone; clones share the vocabulary.
 #[derive(Clone)]
@@ -28,21 +22,14 @@ pub struct Tokenizer {
 #[derive(Clone)]
 enum Kind {
     Bytes,
-    HuggingFace {
-        file: PathBuf,
-        inner: Arc<tokenizers::Tokenizer>,
-        vocab_size: usize,
-    },
+    HuggingFace { file: PathBuf, inner: Arc<tokenizers::Tokenizer>, vocab_size: usize },
 }
 
 impl Tokenizer {
     /// The byte tokenizer: a token id is a byte of the text's UTF-8, the vocabulary has 256 ids, and there is no
     /// end-of-text token.
     pub fn bytes() -> Self {
-        Self {
-            kind: Kind::Bytes,
-            end_of_text: None,
-        }
+        Self { kind: Kind::Bytes, end_of_text: None }
     }
 
     /// Loads a Hugging Face `tokenizer.json`. Truncation and padding that the file asks for are switched off, since
@@ -53,36 +40,17 @@ impl Tokenizer {
     /// [`DataError::Tokenizer`] if the file is missing or is not a tokenizer.
     pub fn from_file(file: impl AsRef<Path>) -> Result<Self, DataError> {
         let file = file.as_ref().to_path_buf();
-        let fail = |reason: String| DataError::Tokenizer {
-            file: file.clone(),
-            reason,
-        };
+        let fail = |reason: String| DataError::Tokenizer { file: file.clone(), reason };
         let json = std::fs::read(&file).map_err(|error| fail(error.to_string()))?;
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(json).map_err(|error| fail(error.to_string()))?;
-        inner
-            .with_truncation(None)
-            .map_err(|error| fail(error.to_string()))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|error| fail(error.to_string()))?;
+        inner.with_truncation(None).map_err(|error| fail(error.to_string()))?;
         inner.with_padding(None);
-        let vocab_size = inner
-            .get_vocab(true)
-            .values()
-            .max()
-            .map_or(0, |&id| id as usize + 1);
+        let vocab_size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
         if vocab_size == 0 {
             return Err(fail("its vocabulary is empty".into()));
         }
-        let end_of_text = END_OF_TEXT_NAMES
-            .iter()
-            .find_map(|name| inner.token_to_id(name));
-        Ok(Self {
-            kind: Kind::HuggingFace {
-                file,
-                inner: Arc::new(inner),
-                vocab_size,
-            },
-            end_of_text,
-        })
+        let end_of_text = END_OF_TEXT_NAMES.iter().find_map(|name| inner.token_to_id(name));
+        Ok(Self { kind: Kind::HuggingFace { file, inner: Arc::new(inner), vocab_size }, end_of_text })
     }
 
     /// The tokenizer of a model folder: its `tokenizer.json`, or bytes if it has none.
@@ -91,11 +59,7 @@ impl Tokenizer {
     /// As [`Tokenizer::from_file`].
     pub fn for_model_folder(folder: impl AsRef<Path>) -> Result<Self, DataError> {
         let file = folder.as_ref().join("tokenizer.json");
-        if file.exists() {
-            Self::from_file(file)
-        } else {
-            Ok(Self::bytes())
-        }
+        if file.exists() { Self::from_file(file) } else { Ok(Self::bytes()) }
     }
 
     /// The same tokenizer with another end-of-text token, or with none.
@@ -152,13 +116,11 @@ impl Tokenizer {
         match &self.kind {
             Kind::Bytes => Ok(text.bytes().map(u32::from).collect()),
             Kind::HuggingFace { inner, .. } => {
-                let encoding = inner
-                    .encode_fast(text, add_special_tokens)
-                    .map_err(|error| DataError::Encode {
-                        tokenizer: self.to_string(),
-                        what: excerpt(text),
-                        reason: error.to_string(),
-                    })?;
+                let encoding = inner.encode_fast(text, add_special_tokens).map_err(|error| DataError::Encode {
+                    tokenizer: self.to_string(),
+                    what: excerpt(text),
+                    reason: error.to_string(),
+                })?;
                 Ok(encoding.get_ids().to_vec())
             }
         }
@@ -178,15 +140,11 @@ impl Tokenizer {
                 let bytes: Vec<u8> = tokens.iter().map(|&token| token as u8).collect();
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
-            Kind::HuggingFace { inner, .. } => {
-                inner
-                    .decode(tokens, true)
-                    .map_err(|error| DataError::Encode {
-                        tokenizer: self.to_string(),
-                        what: format!("{} token ids back into text", tokens.len()),
-                        reason: error.to_string(),
-                    })
-            }
+            Kind::HuggingFace { inner, .. } => inner.decode(tokens, true).map_err(|error| DataError::Encode {
+                tokenizer: self.to_string(),
+                what: format!("{} token ids back into text", tokens.len()),
+                reason: error.to_string(),
+            }),
         }
     }
 
@@ -195,11 +153,7 @@ impl Tokenizer {
         if (token as usize) < vocab_size {
             Ok(())
         } else {
-            Err(DataError::Decode {
-                tokenizer: self.to_string(),
-                token,
-                vocab_size,
-            })
+            Err(DataError::Decode { tokenizer: self.to_string(), token, vocab_size })
         }
     }
 }
@@ -273,14 +227,8 @@ mod tests {
 
     #[test]
     fn bytes_refuse_ids_that_are_no_byte() {
-        let message = Tokenizer::bytes()
-            .decode(&[65, 256])
-            .unwrap_err()
-            .to_string();
-        assert_eq!(
-            message,
-            "the tokenizer `bytes` cannot decode token id 256; it knows ids 0 to 255"
-        );
+        let message = Tokenizer::bytes().decode(&[65, 256]).unwrap_err().to_string();
+        assert_eq!(message, "the tokenizer `bytes` cannot decode token id 256; it knows ids 0 to 255");
         assert!(Tokenizer::bytes().with_end_of_text(Some(256)).is_err());
     }
 
@@ -292,10 +240,7 @@ mod tests {
         assert_eq!(tokenizer.decode(&[0, 1, 3, 5]).unwrap(), "the fox");
         assert_eq!(tokenizer.vocab_size(), 6);
         assert_eq!(tokenizer.end_of_text(), Some(5));
-        assert_eq!(
-            tokenizer.with_end_of_text(None).unwrap().end_of_text(),
-            None
-        );
+        assert_eq!(tokenizer.with_end_of_text(None).unwrap().end_of_text(), None);
     }
 
     #[test]
@@ -319,10 +264,7 @@ mod tests {
     #[test]
     fn a_folder_without_a_file_is_bytes() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(
-            Tokenizer::for_model_folder(folder.path()).unwrap().file(),
-            None
-        );
+        assert_eq!(Tokenizer::for_model_folder(folder.path()).unwrap().file(), None);
     }
 
     #[test]
@@ -330,30 +272,19 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let missing = folder.path().join("missing.json");
         let message = Tokenizer::from_file(&missing).unwrap_err().to_string();
-        assert!(
-            message.contains("missing.json") && message.contains("No such file"),
-            "{message}"
-        );
+        assert!(message.contains("missing.json") && message.contains("No such file"), "{message}");
 
         let broken = folder.path().join("broken.json");
         std::fs::write(&broken, "{\"version\": 3}").unwrap();
         let message = Tokenizer::from_file(&broken).unwrap_err().to_string();
         assert!(
-            message.contains("broken.json")
-                && message.contains("expected a Hugging Face tokenizer.json"),
+            message.contains("broken.json") && message.contains("expected a Hugging Face tokenizer.json"),
             "{message}"
         );
 
         let strict = folder.path().join("strict.json");
         std::fs::write(&strict, WORDS.replace(r#""[UNK]": 4"#, r#""end": 4"#)).unwrap();
-        let message = Tokenizer::from_file(&strict)
-            .unwrap()
-            .encode("the zebra")
-            .unwrap_err()
-            .to_string();
-        assert!(
-            message.contains("strict.json") && message.contains("the zebra"),
-            "{message}"
-        );
+        let message = Tokenizer::from_file(&strict).unwrap().encode("the zebra").unwrap_err().to_string();
+        assert!(message.contains("strict.json") && message.contains("the zebra"), "{message}");
     }
 }

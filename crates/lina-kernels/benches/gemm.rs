@@ -33,15 +33,9 @@ impl Case {
 
 fn main() {
     // Cargo passes `--bench` to a harness of one's own.
-    let threads = std::env::args()
-        .skip(1)
-        .find_map(|arg| arg.parse().ok())
-        .unwrap_or(2);
+    let threads = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(2);
     let ctx = Compute::new(threads);
-    println!(
-        "{threads} threads, {:?}, medians of {ROUNDS} interleaved rounds",
-        ctx.isa()
-    );
+    println!("{threads} threads, {:?}, medians of {ROUNDS} interleaved rounds", ctx.isa());
     #[cfg(feature = "openblas")]
     {
         lina_kernels::openblas::set_threads(threads);
@@ -51,14 +45,8 @@ fn main() {
         "{:<22} {:>5} {:>5} {:>5} {:>6} {:>5} {:>23} {:>23}",
         "", "", "", "", "", "", "median GFLOP/s", "best GFLOP/s"
     );
-    print!(
-        "{:<22} {:>5} {:>5} {:>5} {:>6} {:>5}",
-        "product", "m", "n", "k", "layout", "batch"
-    );
-    println!(
-        " {:>7} {:>8} {:>6} {:>7} {:>8} {:>6}",
-        "ours", "OpenBLAS", "ratio", "ours", "OpenBLAS", "ratio"
-    );
+    print!("{:<22} {:>5} {:>5} {:>5} {:>6} {:>5}", "product", "m", "n", "k", "layout", "batch");
+    println!(" {:>7} {:>8} {:>6} {:>7} {:>8} {:>6}", "ours", "OpenBLAS", "ratio", "ours", "OpenBLAS", "ratio");
     let mut totals = [0.0; 4];
     let mut cases = cases();
     let mut times = vec![(Vec::new(), Vec::new()); cases.len()];
@@ -69,39 +57,16 @@ fn main() {
             ours.extend((round > 0).then_some(seconds));
         }
         for (case, (_, peer)) in cases.iter_mut().zip(&mut times) {
-            let seconds = if cfg!(feature = "openblas") {
-                time(case.repeats(), || run_peer(case))
-            } else {
-                f64::NAN
-            };
+            let seconds = if cfg!(feature = "openblas") { time(case.repeats(), || run_peer(case)) } else { f64::NAN };
             peer.extend((round > 0).then_some(seconds));
         }
     }
     for (case, (ours, peer)) in cases.iter().zip(times) {
-        let seconds = [
-            quantile(&ours, 0.5),
-            quantile(&peer, 0.5),
-            quantile(&ours, 0.0),
-            quantile(&peer, 0.0),
-        ];
-        totals
-            .iter_mut()
-            .zip(seconds)
-            .for_each(|(total, seconds)| *total += seconds);
-        let Shape {
-            m,
-            n,
-            k,
-            layout,
-            batch,
-            ..
-        } = case.shape;
+        let seconds = [quantile(&ours, 0.5), quantile(&peer, 0.5), quantile(&ours, 0.0), quantile(&peer, 0.0)];
+        totals.iter_mut().zip(seconds).for_each(|(total, seconds)| *total += seconds);
+        let Shape { m, n, k, layout, batch, .. } = case.shape;
         let [ours, peer, best_ours, best_peer] = seconds.map(|seconds| case.flop() / seconds / 1e9);
-        print!(
-            "{:<22} {m:>5} {n:>5} {k:>5} {:>6} {batch:>5}",
-            case.name,
-            format!("{layout:?}")
-        );
+        print!("{:<22} {m:>5} {n:>5} {k:>5} {:>6} {batch:>5}", case.name, format!("{layout:?}"));
         println!(
             " {ours:>7.1} {peer:>8.1} {:>6.3} {best_ours:>7.1} {best_peer:>8.1} {:>6.3}",
             ours / peer,
@@ -142,23 +107,14 @@ fn case(name: &'static str, m: usize, n: usize, k: usize, layout: Layout, batch:
     let mut state = 1_u64;
     let mut random = |len: usize| {
         let next = |_| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (state >> 40) as f32 / (1 << 24) as f32 - 0.5
         };
         (0..len).map(next).collect::<Vec<f32>>()
     };
     Case {
         name,
-        shape: Shape {
-            m,
-            n,
-            k,
-            layout,
-            accumulate: false,
-            batch,
-        },
+        shape: Shape { m, n, k, layout, accumulate: false, batch },
         a: random(batch * m * k),
         b: random(batch * k * n),
         c: vec![0.0; batch * m * n],
@@ -166,38 +122,14 @@ fn case(name: &'static str, m: usize, n: usize, k: usize, layout: Layout, batch:
 }
 
 fn run_ours(ctx: &Compute, case: &mut Case) {
-    let Shape {
-        m,
-        n,
-        k,
-        layout,
-        accumulate,
-        ..
-    } = case.shape;
-    let operands = case
-        .c
-        .chunks_exact_mut(m * n)
-        .zip(case.a.chunks_exact(m * k))
-        .zip(case.b.chunks_exact(k * n));
+    let Shape { m, n, k, layout, accumulate, .. } = case.shape;
+    let operands = case.c.chunks_exact_mut(m * n).zip(case.a.chunks_exact(m * k)).zip(case.b.chunks_exact(k * n));
     matmul_grouped(
         ctx,
         operands.map(|((c, a), b)| {
-            let a = if layout == Layout::TN {
-                Mat::new(a, k, m).t()
-            } else {
-                Mat::new(a, m, k)
-            };
-            let b = if layout == Layout::NT {
-                Mat::new(b, n, k).t()
-            } else {
-                Mat::new(b, k, n)
-            };
-            Product {
-                c: MatMut::new(c, m, n),
-                a,
-                b,
-                accumulate,
-            }
+            let a = if layout == Layout::TN { Mat::new(a, k, m).t() } else { Mat::new(a, m, k) };
+            let b = if layout == Layout::NT { Mat::new(b, n, k).t() } else { Mat::new(b, k, n) };
+            Product { c: MatMut::new(c, m, n), a, b, accumulate }
         }),
     );
 }
@@ -205,12 +137,7 @@ fn run_ours(ctx: &Compute, case: &mut Case) {
 #[cfg(feature = "openblas")]
 fn run_peer(case: &mut Case) {
     let Shape { m, n, k, .. } = case.shape;
-    for ((c, a), b) in case
-        .c
-        .chunks_exact_mut(m * n)
-        .zip(case.a.chunks_exact(m * k))
-        .zip(case.b.chunks_exact(k * n))
-    {
+    for ((c, a), b) in case.c.chunks_exact_mut(m * n).zip(case.a.chunks_exact(m * k)).zip(case.b.chunks_exact(k * n)) {
         lina_kernels::openblas::matmul(&case.shape, a, b, c);
     }
 }

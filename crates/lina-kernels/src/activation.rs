@@ -24,19 +24,14 @@ pub fn swiglu_forward(ctx: &Compute, gate_up: &[f32], features: usize, hidden: &
         "swiglu_forward: shapes"
     );
     let rows = hidden.len() / features.max(1);
-    ctx.parallel_rows(
-        rows,
-        block_rows(2 * features),
-        RowsMut::new(hidden, features),
-        |range, hidden| {
-            swiglu_forward_block(
-                ctx.isa(),
-                &gate_up[2 * features * range.start..2 * features * range.end],
-                features,
-                hidden,
-            );
-        },
-    );
+    ctx.parallel_rows(rows, block_rows(2 * features), RowsMut::new(hidden, features), |range, hidden| {
+        swiglu_forward_block(
+            ctx.isa(),
+            &gate_up[2 * features * range.start..2 * features * range.end],
+            features,
+            hidden,
+        );
+    });
 }
 
 /// Backward of [`swiglu_forward`]. `grad_gate_up` (`[rows, 2 * features]`) is overwritten; `hidden_out`, if given, receives the forward result again (`[rows, features]`),
@@ -50,10 +45,8 @@ pub fn swiglu_backward(
     hidden_out: Option<&mut [f32]>,
 ) {
     let elements = grad_hidden.len();
-    let outputs = grad_gate_up.len() == 2 * elements
-        && hidden_out
-            .as_ref()
-            .is_none_or(|hidden| hidden.len() == elements);
+    let outputs =
+        grad_gate_up.len() == 2 * elements && hidden_out.as_ref().is_none_or(|hidden| hidden.len() == elements);
     assert!(
         outputs
             && gate_up.len() == 2 * elements
@@ -61,10 +54,7 @@ pub fn swiglu_backward(
             && elements.is_multiple_of(features.max(1)),
         "swiglu_backward: shapes"
     );
-    let outputs = (
-        RowsMut::new(grad_gate_up, 2 * features),
-        hidden_out.map(|hidden| RowsMut::new(hidden, features)),
-    );
+    let outputs = (RowsMut::new(grad_gate_up, 2 * features), hidden_out.map(|hidden| RowsMut::new(hidden, features)));
     ctx.parallel_rows(
         elements / features.max(1),
         block_rows(2 * features),
@@ -85,77 +75,36 @@ pub fn swiglu_backward(
 
 /// y = activation(x), x = pre + bias. `pre` (`[rows, width]`) receives the bias in place where one is given (`[width]`), as the backward pass needs x;
 /// `y` is overwritten.
-pub fn activation_forward(
-    ctx: &Compute,
-    activation: Activation,
-    pre: &mut [f32],
-    bias: Option<&[f32]>,
-    y: &mut [f32],
-) {
+pub fn activation_forward(ctx: &Compute, activation: Activation, pre: &mut [f32], bias: Option<&[f32]>, y: &mut [f32]) {
     assert_eq!(pre.len(), y.len(), "activation_forward: shapes");
     let width = bias.map_or(1, <[f32]>::len);
     let rows = rows_of(pre.len(), width);
-    ctx.parallel_rows(
-        rows,
-        block_rows(width),
-        (RowsMut::new(pre, width), RowsMut::new(y, width)),
-        |_, (pre, y)| {
-            if let Some(bias) = bias {
-                add_bias_block(ctx.isa(), pre, bias);
-            }
-            activation_forward_block(ctx.isa(), activation, pre, y);
-        },
-    );
+    ctx.parallel_rows(rows, block_rows(width), (RowsMut::new(pre, width), RowsMut::new(y, width)), |_, (pre, y)| {
+        if let Some(bias) = bias {
+            add_bias_block(ctx.isa(), pre, bias);
+        }
+        activation_forward_block(ctx.isa(), activation, pre, y);
+    });
 }
 
 /// Backward of [`activation_forward`]: `grad_pre` = `grad_y` · activation'(pre), with `pre` as the forward pass left it. All `[rows, width]`; overwritten.
-pub fn activation_backward(
-    ctx: &Compute,
-    activation: Activation,
-    pre: &[f32],
-    grad_y: &[f32],
-    grad_pre: &mut [f32],
-) {
-    assert!(
-        pre.len() == grad_y.len() && pre.len() == grad_pre.len(),
-        "activation_backward: shapes"
-    );
-    ctx.parallel_rows(
-        pre.len(),
-        block_rows(1),
-        RowsMut::new(grad_pre, 1),
-        |range, grad_pre| {
-            activation_backward_block(
-                ctx.isa(),
-                activation,
-                &pre[range.clone()],
-                &grad_y[range],
-                grad_pre,
-            );
-        },
-    );
+pub fn activation_backward(ctx: &Compute, activation: Activation, pre: &[f32], grad_y: &[f32], grad_pre: &mut [f32]) {
+    assert!(pre.len() == grad_y.len() && pre.len() == grad_pre.len(), "activation_backward: shapes");
+    ctx.parallel_rows(pre.len(), block_rows(1), RowsMut::new(grad_pre, 1), |range, grad_pre| {
+        activation_backward_block(ctx.isa(), activation, &pre[range.clone()], &grad_y[range], grad_pre);
+    });
 }
 
 /// Adds `bias` (`[width]`) to every row of `x` (`[rows, width]`).
 pub fn add_bias(ctx: &Compute, x: &mut [f32], bias: &[f32]) {
     let rows = rows_of(x.len(), bias.len());
-    ctx.parallel_rows(
-        rows,
-        block_rows(bias.len()),
-        RowsMut::new(x, bias.len()),
-        |_, x| add_bias_block(ctx.isa(), x, bias),
-    );
+    ctx.parallel_rows(rows, block_rows(bias.len()), RowsMut::new(x, bias.len()), |_, x| {
+        add_bias_block(ctx.isa(), x, bias)
+    });
 }
 
 fn rows_of(len: usize, width: usize) -> usize {
-    assert!(
-        if width == 0 {
-            len == 0
-        } else {
-            len.is_multiple_of(width)
-        },
-        "{len} elements are not rows of {width}"
-    );
+    assert!(if width == 0 { len == 0 } else { len.is_multiple_of(width) }, "{len} elements are not rows of {width}");
     len.checked_div(width).unwrap_or(0)
 }
 

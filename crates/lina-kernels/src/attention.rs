@@ -49,12 +49,7 @@ pub struct AttentionShape<'a> {
 
 impl<'a> AttentionShape<'a> {
     /// Rows of queries, keys and values one after the other, scale 1/√head_dim, no window.
-    pub fn fused(
-        sequences: &'a [Sequence],
-        heads_q: usize,
-        heads_kv: usize,
-        head_dim: usize,
-    ) -> Self {
+    pub fn fused(sequences: &'a [Sequence], heads_q: usize, heads_kv: usize, head_dim: usize) -> Self {
         Self {
             sequences,
             heads_q,
@@ -85,11 +80,7 @@ impl<'a> AttentionShape<'a> {
             "{qkv} elements are not rows of {}",
             self.row_stride
         );
-        let mut parts = [
-            (self.q_offset, self.heads_q),
-            (self.k_offset, self.heads_kv),
-            (self.v_offset, self.heads_kv),
-        ];
+        let mut parts = [(self.q_offset, self.heads_q), (self.k_offset, self.heads_kv), (self.v_offset, self.heads_kv)];
         parts.sort_unstable();
         for (index, (offset, heads)) in parts.into_iter().enumerate() {
             let end = parts.get(index + 1).map_or(self.row_stride, |next| next.0);
@@ -102,25 +93,17 @@ impl<'a> AttentionShape<'a> {
         assert!(self.window != Some(0), "a window of no tokens");
         let rows = qkv / self.row_stride;
         for (index, sequence) in self.sequences.iter().enumerate() {
-            assert!(
-                sequence.start_row + sequence.rows <= rows,
-                "{sequence:?} goes past {rows} rows"
-            );
+            assert!(sequence.start_row + sequence.rows <= rows, "{sequence:?} goes past {rows} rows");
             let sorted = index == 0
-                || self.sequences[index - 1].start_row + self.sequences[index - 1].rows
-                    <= sequence.start_row;
-            assert!(
-                sorted,
-                "{sequence:?} starts before the previous sequence ends"
-            );
+                || self.sequences[index - 1].start_row + self.sequences[index - 1].rows <= sequence.start_row;
+            assert!(sorted, "{sequence:?} starts before the previous sequence ends");
         }
         rows
     }
 
     /// First key that the query at `row` of its sequence sees.
     fn first_key(&self, row: usize) -> usize {
-        self.window
-            .map_or(0, |window| (row + 1).saturating_sub(window))
+        self.window.map_or(0, |window| (row + 1).saturating_sub(window))
     }
 }
 
@@ -131,37 +114,18 @@ impl<'a> AttentionShape<'a> {
 ///
 /// # Panics
 /// If a shape does not agree, or sequences are not in ascending order without overlap.
-pub fn attention_forward(
-    ctx: &Compute,
-    shape: &AttentionShape<'_>,
-    qkv: &[f32],
-    out: &mut [f32],
-    lse: &mut [f32],
-) {
+pub fn attention_forward(ctx: &Compute, shape: &AttentionShape<'_>, qkv: &[f32], out: &mut [f32], lse: &mut [f32]) {
     let rows = shape.check(qkv.len());
     assert!(
         out.len() == rows * shape.heads_q * shape.head_dim && lse.len() == rows * shape.heads_q,
         "attention_forward: shapes"
     );
-    let outputs = Outputs {
-        first: out.as_mut_ptr(),
-        second: lse.as_mut_ptr(),
-    };
+    let outputs = Outputs { first: out.as_mut_ptr(), second: lse.as_mut_ptr() };
     let outputs = &outputs;
     ctx.parallel_for(shape.sequences.len() * shape.heads_q, |task| {
         let (sequence, head) = (shape.sequences[task / shape.heads_q], task % shape.heads_q);
         // SAFETY: shapes were checked above; a task writes only its head's columns of its sequence's rows.
-        unsafe {
-            forward_head(
-                ctx.isa(),
-                shape,
-                sequence,
-                head,
-                qkv.as_ptr(),
-                outputs.first,
-                outputs.second,
-            )
-        };
+        unsafe { forward_head(ctx.isa(), shape, sequence, head, qkv.as_ptr(), outputs.first, outputs.second) };
     });
 }
 
@@ -189,30 +153,12 @@ pub fn attention_backward(
             && grad_qkv.len() == qkv.len(),
         "attention_backward: shapes"
     );
-    let outputs = Outputs {
-        first: grad_qkv.as_mut_ptr(),
-        second: std::ptr::null_mut(),
-    };
+    let outputs = Outputs { first: grad_qkv.as_mut_ptr(), second: std::ptr::null_mut() };
     let outputs = &outputs;
     ctx.parallel_for(shape.sequences.len() * shape.heads_kv, |task| {
-        let (sequence, head) = (
-            shape.sequences[task / shape.heads_kv],
-            task % shape.heads_kv,
-        );
+        let (sequence, head) = (shape.sequences[task / shape.heads_kv], task % shape.heads_kv);
         // SAFETY: shapes were checked above; a task writes only the columns of its key-value head and of that head's query heads, in its sequence's rows.
-        unsafe {
-            backward_head(
-                ctx.isa(),
-                shape,
-                sequence,
-                head,
-                qkv.as_ptr(),
-                out,
-                lse,
-                grad_out,
-                outputs.first,
-            )
-        };
+        unsafe { backward_head(ctx.isa(), shape, sequence, head, qkv.as_ptr(), out, lse, grad_out, outputs.first) };
     });
 }
 
@@ -255,16 +201,8 @@ unsafe fn forward_head(
             let rows = QUERY_ROWS.min(sequence.rows - first);
             // SAFETY: as above.
             unsafe {
-                let from =
-                    qkv.add((sequence.start_row + first) * stride + shape.q_offset + head * dim);
-                copy_scaled(
-                    isa,
-                    from,
-                    stride,
-                    shape.scale,
-                    &mut queries[..rows * dim],
-                    dim,
-                );
+                let from = qkv.add((sequence.start_row + first) * stride + shape.q_offset + head * dim);
+                copy_scaled(isa, from, stride, shape.scale, &mut queries[..rows * dim], dim);
             }
             sums[..rows * dim].fill(0.0);
             largest.fill(f32::NEG_INFINITY);
@@ -315,16 +253,8 @@ unsafe fn forward_head(
                 let token = sequence.start_row + first + row;
                 // SAFETY: this head's part of the token's row is ours alone.
                 unsafe {
-                    let out = std::slice::from_raw_parts_mut(
-                        out.add(token * out_stride + head * dim),
-                        dim,
-                    );
-                    scaled(
-                        isa,
-                        &sums[row * dim..(row + 1) * dim],
-                        1.0 / total[row],
-                        out,
-                    );
+                    let out = std::slice::from_raw_parts_mut(out.add(token * out_stride + head * dim), dim);
+                    scaled(isa, &sums[row * dim..(row + 1) * dim], 1.0 / total[row], out);
                     *lse.add(token * shape.heads_q + head) = largest[row] + total[row].ln();
                 }
             }
@@ -377,16 +307,7 @@ unsafe fn backward_head(
                 let token = sequence.start_row + first;
                 let query = token * stride + shape.q_offset + head * dim;
                 // SAFETY: as above.
-                unsafe {
-                    copy_scaled(
-                        isa,
-                        qkv.add(query),
-                        stride,
-                        shape.scale,
-                        &mut queries[..rows * dim],
-                        dim,
-                    )
-                };
+                unsafe { copy_scaled(isa, qkv.add(query), stride, shape.scale, &mut queries[..rows * dim], dim) };
                 grad_queries[..rows * dim].fill(0.0);
                 let upstream = grad_out[token * out_stride + head * dim..].as_ptr();
                 let first_tile = shape.first_key(first) / KEY_ROWS * KEY_ROWS;
@@ -419,8 +340,8 @@ unsafe fn backward_head(
                             ),
                         );
                         for row in 0..rows {
-                            let columns = (token + row) * out_stride + head * dim
-                                ..(token + row) * out_stride + (head + 1) * dim;
+                            let columns =
+                                (token + row) * out_stride + head * dim..(token + row) * out_stride + (head + 1) * dim;
                             let seen = seen(shape, first + row, key, width);
                             let range = row * width..(row + 1) * width;
                             let lse = lse[(token + row) * shape.heads_q + head];
@@ -471,15 +392,8 @@ unsafe fn backward_head(
                 }
                 for row in 0..rows {
                     // SAFETY: this query head's gradient is ours alone.
-                    let target = unsafe {
-                        std::slice::from_raw_parts_mut(grad_qkv.add(query + row * stride), dim)
-                    };
-                    scaled(
-                        isa,
-                        &grad_queries[row * dim..(row + 1) * dim],
-                        shape.scale,
-                        target,
-                    );
+                    let target = unsafe { std::slice::from_raw_parts_mut(grad_qkv.add(query + row * stride), dim) };
+                    scaled(isa, &grad_queries[row * dim..(row + 1) * dim], shape.scale, target);
                 }
             }
         }
@@ -508,14 +422,7 @@ fn product(
 ///
 /// # Safety
 /// `from` is valid for as many rows as `to` has.
-unsafe fn copy_scaled(
-    isa: Isa,
-    from: *const f32,
-    stride: usize,
-    scale: f32,
-    to: &mut [f32],
-    dim: usize,
-) {
+unsafe fn copy_scaled(isa: Isa, from: *const f32, stride: usize, scale: f32, to: &mut [f32], dim: usize) {
     for (row, to) in to.chunks_exact_mut(dim).enumerate() {
         // SAFETY: the caller's promise.
         let from = unsafe { std::slice::from_raw_parts(from.add(row * stride), dim) };

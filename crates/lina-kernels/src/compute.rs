@@ -23,11 +23,7 @@ impl Compute {
     /// As [`Compute::new`], with at most the vector instructions `isa` (fewer where the machine lacks them). Results differ between instruction sets in rounding.
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
         let threads = threads.max(1);
-        Self {
-            isa: isa.min(Isa::detect()),
-            pool: (threads > 1).then(|| Pool::new(threads - 1)),
-            threads,
-        }
+        Self { isa: isa.min(Isa::detect()), pool: (threads > 1).then(|| Pool::new(threads - 1)), threads }
     }
 
     /// Threads asked for, the caller included.
@@ -71,11 +67,7 @@ impl Compute {
         outputs: S,
         task: impl Fn(Range<usize>, S::Part) + Sync,
     ) {
-        assert!(
-            outputs.rows() >= rows,
-            "an output has {} rows, {rows} are needed",
-            outputs.rows()
-        );
+        assert!(outputs.rows() >= rows, "an output has {} rows, {rows} are needed", outputs.rows());
         self.parallel_for(rows.div_ceil(block_rows), |block| {
             let range = block * block_rows..rows.min((block + 1) * block_rows);
             // SAFETY: ranges of different blocks do not overlap, each block runs once, and `outputs` has at least `rows` rows.
@@ -122,17 +114,8 @@ impl<'a, T> RowsMut<'a, T> {
     /// # Panics
     /// If `width` is 0 while there is data.
     pub fn new(data: &'a mut [T], width: usize) -> Self {
-        assert!(
-            width > 0 || data.is_empty(),
-            "{} elements do not fit in rows of none",
-            data.len()
-        );
-        Self {
-            data: data.as_mut_ptr(),
-            len: data.len(),
-            width,
-            borrow: PhantomData,
-        }
+        assert!(width > 0 || data.is_empty(), "{} elements do not fit in rows of none", data.len());
+        Self { data: data.as_mut_ptr(), len: data.len(), width, borrow: PhantomData }
     }
 }
 
@@ -141,18 +124,11 @@ impl<'a, T: Send> SplitRows for RowsMut<'a, T> {
 
     fn rows(&self) -> usize {
         // Any number of empty rows can be cut from rows without width.
-        if self.width == 0 {
-            usize::MAX
-        } else {
-            self.len.div_ceil(self.width)
-        }
+        if self.width == 0 { usize::MAX } else { self.len.div_ceil(self.width) }
     }
 
     unsafe fn part(&self, range: Range<usize>) -> &'a mut [T] {
-        let (start, end) = (
-            self.len.min(range.start * self.width),
-            self.len.min(range.end * self.width),
-        );
+        let (start, end) = (self.len.min(range.start * self.width), self.len.min(range.end * self.width));
         // SAFETY: the range lies within the slice that `self` borrows mutably for 'a, and the caller keeps parts disjoint.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(start), end - start) }
     }

@@ -9,58 +9,41 @@ const SQUARES_BLOCK: usize = 16_384;
 
 /// x *= factor.
 pub fn scale(ctx: &Compute, x: &mut [f32], factor: f32) {
-    ctx.parallel_rows(x.len(), block_rows(1), RowsMut::new(x, 1), |_, x| {
-        scale_block(ctx.isa(), x, factor)
-    });
+    ctx.parallel_rows(x.len(), block_rows(1), RowsMut::new(x, 1), |_, x| scale_block(ctx.isa(), x, factor));
 }
 
 /// y += x.
 pub fn add(ctx: &Compute, y: &mut [f32], x: &[f32]) {
     assert_eq!(y.len(), x.len(), "add: shapes");
-    ctx.parallel_rows(x.len(), block_rows(1), RowsMut::new(y, 1), |range, y| {
-        add_block(ctx.isa(), y, &x[range])
-    });
+    ctx.parallel_rows(x.len(), block_rows(1), RowsMut::new(y, 1), |range, y| add_block(ctx.isa(), y, &x[range]));
 }
 
 /// Limits every element to −limit..=limit (`clip_qkv`).
 pub fn clamp(ctx: &Compute, x: &mut [f32], limit: f32) {
-    ctx.parallel_rows(x.len(), block_rows(1), RowsMut::new(x, 1), |_, x| {
-        clamp_block(ctx.isa(), x, limit)
-    });
+    ctx.parallel_rows(x.len(), block_rows(1), RowsMut::new(x, 1), |_, x| clamp_block(ctx.isa(), x, limit));
 }
 
 /// Backward of [`clamp`], in place: `grad` becomes 0 where the clamp changed the element. `x` is the input of [`clamp`].
 pub fn clamp_backward(ctx: &Compute, x: &[f32], limit: f32, grad: &mut [f32]) {
     assert_eq!(grad.len(), x.len(), "clamp_backward: shapes");
-    ctx.parallel_rows(
-        x.len(),
-        block_rows(1),
-        RowsMut::new(grad, 1),
-        |range, grad| clamp_backward_block(ctx.isa(), &x[range], limit, grad),
-    );
+    ctx.parallel_rows(x.len(), block_rows(1), RowsMut::new(grad, 1), |range, grad| {
+        clamp_backward_block(ctx.isa(), &x[range], limit, grad)
+    });
 }
 
 /// `dst = ((sources[0] + sources[1]) + sources[2]) + ...`, element by element, overwritten; zeros without sources. All have one length.
 pub fn sum_into(ctx: &Compute, dst: &mut [f32], sources: &[&[f32]]) {
-    assert!(
-        sources.iter().all(|source| source.len() == dst.len()),
-        "sum_into: shapes"
-    );
+    assert!(sources.iter().all(|source| source.len() == dst.len()), "sum_into: shapes");
     // Blocks small enough that the destination stays in L1 while each source streams past.
-    ctx.parallel_rows(
-        dst.len(),
-        SUM_BLOCK,
-        RowsMut::new(dst, 1),
-        |range, dst| match sources {
-            [] => dst.fill(0.0),
-            [first, rest @ ..] => {
-                dst.copy_from_slice(&first[range.clone()]);
-                for source in rest {
-                    add_block(ctx.isa(), dst, &source[range.clone()]);
-                }
+    ctx.parallel_rows(dst.len(), SUM_BLOCK, RowsMut::new(dst, 1), |range, dst| match sources {
+        [] => dst.fill(0.0),
+        [first, rest @ ..] => {
+            dst.copy_from_slice(&first[range.clone()]);
+            for source in rest {
+                add_block(ctx.isa(), dst, &source[range.clone()]);
             }
-        },
-    );
+        }
+    });
 }
 
 /// Elements of [`sum_into`]'s blocks: 16 KiB.
@@ -73,20 +56,12 @@ pub fn sum_of_squares(ctx: &Compute, x: &[f32]) -> f64 {
     scratch::with_f32(2 * blocks, |partials| {
         ctx.parallel_rows(blocks, 1, RowsMut::new(partials, 2), |block, partial| {
             let start = block.start * SQUARES_BLOCK;
-            let sum =
-                squares_block(ctx.isa(), &x[start..x.len().min(start + SQUARES_BLOCK)]).to_bits();
-            (partial[0], partial[1]) = (
-                f32::from_bits((sum >> 32) as u32),
-                f32::from_bits(sum as u32),
-            );
+            let sum = squares_block(ctx.isa(), &x[start..x.len().min(start + SQUARES_BLOCK)]).to_bits();
+            (partial[0], partial[1]) = (f32::from_bits((sum >> 32) as u32), f32::from_bits(sum as u32));
         });
         partials
             .chunks_exact(2)
-            .map(|partial| {
-                f64::from_bits(
-                    u64::from(partial[0].to_bits()) << 32 | u64::from(partial[1].to_bits()),
-                )
-            })
+            .map(|partial| f64::from_bits(u64::from(partial[0].to_bits()) << 32 | u64::from(partial[1].to_bits())))
             .sum()
     })
 }

@@ -25,11 +25,7 @@ impl HeadLayout {
             self.columns().end <= self.row_stride && self.row_stride > 0,
             "{self:?}: the heads do not fit in a row"
         );
-        assert!(
-            len.is_multiple_of(self.row_stride),
-            "{len} elements are not rows of {}",
-            self.row_stride
-        );
+        assert!(len.is_multiple_of(self.row_stride), "{len} elements are not rows of {}", self.row_stride);
         len / self.row_stride
     }
 }

@@ -28,9 +28,7 @@ mod router;
 mod scratch;
 mod vector;
 
-pub use activation::{
-    Activation, activation_backward, activation_forward, add_bias, swiglu_backward, swiglu_forward,
-};
+pub use activation::{Activation, activation_backward, activation_forward, add_bias, swiglu_backward, swiglu_forward};
 pub use attention::{AttentionShape, Sequence, attention_backward, attention_forward};
 pub use compute::{Compute, RowsMut, SplitRows};
 pub use elementwise::{add, clamp, clamp_backward, scale, sum_into, sum_of_squares};
@@ -40,8 +38,8 @@ pub use isa::Isa;
 pub use layout::HeadLayout;
 pub use loss::{IGNORED, cross_entropy_forward, cross_entropy_forward_backward};
 pub use norm::{
-    bias_grad, head_rms_norm_backward, head_rms_norm_forward, layer_norm_backward,
-    layer_norm_forward, rms_norm_backward, rms_norm_forward,
+    bias_grad, head_rms_norm_backward, head_rms_norm_forward, layer_norm_backward, layer_norm_forward,
+    rms_norm_backward, rms_norm_forward,
 };
 pub use optimizer::{AdamWStep, adamw_step};
 pub use permute::{DROPPED, combine_backward, combine_rows, gather_backward, gather_rows};

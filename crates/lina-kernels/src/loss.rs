@@ -23,52 +23,30 @@ pub fn cross_entropy_forward_backward(
 ) {
     let vocabulary = vocabulary(logits.len(), targets, losses.len());
     let outputs = (RowsMut::new(logits, vocabulary), RowsMut::new(losses, 1));
-    ctx.parallel_rows(
-        targets.len(),
-        block_rows(vocabulary),
-        outputs,
-        |range, (logits, losses)| {
-            for ((logits, &target), loss) in logits
-                .chunks_exact_mut(vocabulary)
-                .zip(&targets[range])
-                .zip(losses)
-            {
-                if target == IGNORED {
-                    logits.fill(0.0);
-                    *loss = 0.0;
-                } else {
-                    *loss = forward_backward_row(ctx.isa(), logits, target as usize, scale);
-                }
+    ctx.parallel_rows(targets.len(), block_rows(vocabulary), outputs, |range, (logits, losses)| {
+        for ((logits, &target), loss) in logits.chunks_exact_mut(vocabulary).zip(&targets[range]).zip(losses) {
+            if target == IGNORED {
+                logits.fill(0.0);
+                *loss = 0.0;
+            } else {
+                *loss = forward_backward_row(ctx.isa(), logits, target as usize, scale);
             }
-        },
-    );
+        }
+    });
 }
 
 /// The losses of [`cross_entropy_forward_backward`] alone.
 pub fn cross_entropy_forward(ctx: &Compute, logits: &[f32], targets: &[u32], losses: &mut [f32]) {
     let vocabulary = vocabulary(logits.len(), targets, losses.len());
-    ctx.parallel_rows(
-        targets.len(),
-        block_rows(vocabulary),
-        RowsMut::new(losses, 1),
-        |range, losses| {
-            let logits = &logits[range.start * vocabulary..range.end * vocabulary];
-            scratch::with_f32(vocabulary, |row| {
-                for ((logits, &target), loss) in logits
-                    .chunks_exact(vocabulary)
-                    .zip(&targets[range])
-                    .zip(losses)
-                {
-                    row.copy_from_slice(logits);
-                    *loss = if target == IGNORED {
-                        0.0
-                    } else {
-                        forward_row(ctx.isa(), row, target as usize)
-                    };
-                }
-            });
-        },
-    );
+    ctx.parallel_rows(targets.len(), block_rows(vocabulary), RowsMut::new(losses, 1), |range, losses| {
+        let logits = &logits[range.start * vocabulary..range.end * vocabulary];
+        scratch::with_f32(vocabulary, |row| {
+            for ((logits, &target), loss) in logits.chunks_exact(vocabulary).zip(&targets[range]).zip(losses) {
+                row.copy_from_slice(logits);
+                *loss = if target == IGNORED { 0.0 } else { forward_row(ctx.isa(), row, target as usize) };
+            }
+        });
+    });
 }
 
 fn vocabulary(logits: usize, targets: &[u32], losses: usize) -> usize {
@@ -78,10 +56,7 @@ fn vocabulary(logits: usize, targets: &[u32], losses: usize) -> usize {
         "cross_entropy: {logits} logits, {} targets, {losses} losses",
         targets.len()
     );
-    if let Some(target) = targets
-        .iter()
-        .find(|&&target| target != IGNORED && target as usize >= vocabulary)
-    {
+    if let Some(target) = targets.iter().find(|&&target| target != IGNORED && target as usize >= vocabulary) {
         panic!("cross_entropy: target {target} is not in a vocabulary of {vocabulary}");
     }
     vocabulary

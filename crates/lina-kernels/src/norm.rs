@@ -12,14 +12,7 @@ const GRADIENT_ROWS: usize = 64;
 /// y = x · weight / rms(x) per row, rms(x) = √(mean(x²) + eps).
 ///
 /// `x`, `y`: `[rows, width]`; `weight`: `[width]`; `inv_rms`: `[rows]`, 1 / rms(x), for the backward pass.
-pub fn rms_norm_forward(
-    ctx: &Compute,
-    x: &[f32],
-    weight: &[f32],
-    eps: f32,
-    y: &mut [f32],
-    inv_rms: &mut [f32],
-) {
+pub fn rms_norm_forward(ctx: &Compute, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32], inv_rms: &mut [f32]) {
     let layout = whole_rows(weight.len());
     head_rms_norm_forward(ctx, layout, x, weight, eps, y, inv_rms);
 }
@@ -37,10 +30,7 @@ pub fn rms_norm_backward(
     let width = weight.len();
     let rows = whole_rows(width).rows(x.len());
     assert!(
-        grad_y.len() == x.len()
-            && grad_x.len() == x.len()
-            && inv_rms.len() == rows
-            && grad_weight.len() == width,
+        grad_y.len() == x.len() && grad_x.len() == x.len() && inv_rms.len() == rows && grad_weight.len() == width,
         "rms_norm_backward: shapes"
     );
     with_partials(ctx, rows, width, grad_weight, |partials| {
@@ -50,17 +40,8 @@ pub fn rms_norm_backward(
             (RowsMut::new(grad_x, GRADIENT_ROWS * width), partials),
             |block, (grad_x, partial)| {
                 let range = elements(block.start, width, x.len());
-                let inv_rms =
-                    &inv_rms[block.start * GRADIENT_ROWS..rows.min(block.end * GRADIENT_ROWS)];
-                rms_backward_block(
-                    ctx.isa(),
-                    &x[range.clone()],
-                    weight,
-                    inv_rms,
-                    &grad_y[range],
-                    grad_x,
-                    partial,
-                );
+                let inv_rms = &inv_rms[block.start * GRADIENT_ROWS..rows.min(block.end * GRADIENT_ROWS)];
+                rms_backward_block(ctx.isa(), &x[range.clone()], weight, inv_rms, &grad_y[range], grad_x, partial);
             },
         );
     });
@@ -84,22 +65,17 @@ pub fn head_rms_norm_forward(
         "rms_norm_forward: shapes"
     );
     let outputs = (RowsMut::new(y, stride), RowsMut::new(inv_rms, heads));
-    ctx.parallel_rows(
-        rows,
-        block_rows(heads * layout.head_dim),
-        outputs,
-        |range, (y, inv_rms)| {
-            head_rms_forward_block(
-                ctx.isa(),
-                layout,
-                &x[range.start * stride..range.end * stride],
-                weight,
-                eps,
-                y,
-                inv_rms,
-            );
-        },
-    );
+    ctx.parallel_rows(rows, block_rows(heads * layout.head_dim), outputs, |range, (y, inv_rms)| {
+        head_rms_forward_block(
+            ctx.isa(),
+            layout,
+            &x[range.start * stride..range.end * stride],
+            weight,
+            eps,
+            y,
+            inv_rms,
+        );
+    });
 }
 
 /// Backward of [`head_rms_norm_forward`], in place: the heads of `grad` (`[rows, row_stride]`) hold the gradient of y and receive that of x (overwritten).
@@ -116,10 +92,7 @@ pub fn head_rms_norm_backward(
     let (rows, stride, heads) = (layout.rows(x.len()), layout.row_stride, layout.heads);
     let width = layout.head_dim;
     assert!(
-        weight.len() == width
-            && grad.len() == x.len()
-            && inv_rms.len() == rows * heads
-            && grad_weight.len() == width,
+        weight.len() == width && grad.len() == x.len() && inv_rms.len() == rows * heads && grad_weight.len() == width,
         "head_rms_norm_backward: shapes"
     );
     with_partials(ctx, rows, width, grad_weight, |partials| {
@@ -128,8 +101,8 @@ pub fn head_rms_norm_backward(
             1,
             (RowsMut::new(grad, GRADIENT_ROWS * stride), partials),
             |block, (grad, partial)| {
-                let inv_rms = &inv_rms[block.start * GRADIENT_ROWS * heads
-                    ..rows.min(block.end * GRADIENT_ROWS) * heads];
+                let inv_rms =
+                    &inv_rms[block.start * GRADIENT_ROWS * heads..rows.min(block.end * GRADIENT_ROWS) * heads];
                 head_rms_backward_block(
                     ctx.isa(),
                     layout,
@@ -163,28 +136,10 @@ pub fn layer_norm_forward(
         bias.len() == width && y.len() == x.len() && mean.len() == rows && inv_std.len() == rows,
         "layer_norm_forward: shapes"
     );
-    let outputs = (
-        RowsMut::new(y, width),
-        RowsMut::new(mean, 1),
-        RowsMut::new(inv_std, 1),
-    );
-    ctx.parallel_rows(
-        rows,
-        block_rows(width),
-        outputs,
-        |range, (y, mean, inv_std)| {
-            layer_forward_block(
-                ctx.isa(),
-                &x[range.start * width..range.end * width],
-                weight,
-                bias,
-                eps,
-                y,
-                mean,
-                inv_std,
-            );
-        },
-    );
+    let outputs = (RowsMut::new(y, width), RowsMut::new(mean, 1), RowsMut::new(inv_std, 1));
+    ctx.parallel_rows(rows, block_rows(width), outputs, |range, (y, mean, inv_std)| {
+        layer_forward_block(ctx.isa(), &x[range.start * width..range.end * width], weight, bias, eps, y, mean, inv_std);
+    });
 }
 
 /// Backward of [`layer_norm_forward`]: `grad_x` (`[rows, width]`), `grad_weight` and `grad_bias` (`[width]`) are added to.
@@ -201,21 +156,11 @@ pub fn layer_norm_backward(
 ) {
     let width = weight.len();
     let rows = whole_rows(width).rows(x.len());
-    let vectors = grad_weight.len() == width
-        && grad_bias.len() == width
-        && mean.len() == rows
-        && inv_std.len() == rows;
-    assert!(
-        vectors && grad_y.len() == x.len() && grad_x.len() == x.len(),
-        "layer_norm_backward: shapes"
-    );
+    let vectors = grad_weight.len() == width && grad_bias.len() == width && mean.len() == rows && inv_std.len() == rows;
+    assert!(vectors && grad_y.len() == x.len() && grad_x.len() == x.len(), "layer_norm_backward: shapes");
     with_partials(ctx, rows, width, grad_bias, |bias_partials| {
         with_partials(ctx, rows, width, grad_weight, |weight_partials| {
-            let outputs = (
-                RowsMut::new(grad_x, GRADIENT_ROWS * width),
-                weight_partials,
-                bias_partials,
-            );
+            let outputs = (RowsMut::new(grad_x, GRADIENT_ROWS * width), weight_partials, bias_partials);
             ctx.parallel_rows(
                 rows.div_ceil(GRADIENT_ROWS),
                 1,
@@ -246,28 +191,14 @@ pub fn bias_grad(ctx: &Compute, grad_y: &[f32], grad_bias: &mut [f32]) {
     let width = grad_bias.len();
     let rows = whole_rows(width).rows(grad_y.len());
     with_partials(ctx, rows, width, grad_bias, |partials| {
-        ctx.parallel_rows(
-            rows.div_ceil(GRADIENT_ROWS),
-            1,
-            partials,
-            |block, partial| {
-                column_sums(
-                    ctx.isa(),
-                    &grad_y[elements(block.start, width, grad_y.len())],
-                    partial,
-                );
-            },
-        );
+        ctx.parallel_rows(rows.div_ceil(GRADIENT_ROWS), 1, partials, |block, partial| {
+            column_sums(ctx.isa(), &grad_y[elements(block.start, width, grad_y.len())], partial);
+        });
     });
 }
 
 fn whole_rows(width: usize) -> HeadLayout {
-    HeadLayout {
-        offset: 0,
-        heads: 1,
-        head_dim: width,
-        row_stride: width,
-    }
+    HeadLayout { offset: 0, heads: 1, head_dim: width, row_stride: width }
 }
 
 /// The elements of a gradient block, in rows of `width`.
@@ -276,13 +207,7 @@ fn elements(block: usize, width: usize, len: usize) -> std::ops::Range<usize> {
 }
 
 /// Gives `fill` a zeroed row of `width` per block of [`GRADIENT_ROWS`] rows, then adds those rows to `total` in order.
-fn with_partials(
-    ctx: &Compute,
-    rows: usize,
-    width: usize,
-    total: &mut [f32],
-    fill: impl FnOnce(RowsMut<'_, f32>),
-) {
+fn with_partials(ctx: &Compute, rows: usize, width: usize, total: &mut [f32], fill: impl FnOnce(RowsMut<'_, f32>)) {
     scratch::with_f32(rows.div_ceil(GRADIENT_ROWS) * width, |partials| {
         partials.fill(0.0);
         fill(RowsMut::new(partials, width));
@@ -299,11 +224,7 @@ fn rms_backward_row<const FMA: bool>(
     grad_weight: &mut [f32],
 ) -> f32 {
     let width = x.len();
-    let (weight, grad_y, grad_weight) = (
-        &weight[..width],
-        &grad_y[..width],
-        &mut grad_weight[..width],
-    );
+    let (weight, grad_y, grad_weight) = (&weight[..width], &grad_y[..width], &mut grad_weight[..width]);
     for i in 0..width {
         grad_weight[i] = fma::<FMA>(grad_y[i], x[i] * inv_rms, grad_weight[i]);
     }

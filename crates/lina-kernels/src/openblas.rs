@@ -39,17 +39,8 @@ pub fn set_threads(threads: usize) {
 /// OpenBLAS's version and options, and the processor it chose kernels for.
 pub fn describe() -> String {
     // SAFETY: both return static strings.
-    let (config, core) = unsafe {
-        (
-            CStr::from_ptr(openblas_get_config()),
-            CStr::from_ptr(openblas_get_corename()),
-        )
-    };
-    format!(
-        "{}, kernels for {}",
-        config.to_string_lossy().trim(),
-        core.to_string_lossy()
-    )
+    let (config, core) = unsafe { (CStr::from_ptr(openblas_get_config()), CStr::from_ptr(openblas_get_corename())) };
+    format!("{}, kernels for {}", config.to_string_lossy().trim(), core.to_string_lossy())
 }
 
 /// Runs a dense product of `shape`: `a` holds `m * k` elements, `b` `k * n` and `c` `m * n`, stored as `shape.layout` says. The batch is not looked at.
@@ -57,31 +48,11 @@ pub fn describe() -> String {
 /// # Panics
 /// If a slice has another length, or a size does not fit OpenBLAS's 32-bit integers.
 pub fn matmul(shape: &Shape, a: &[f32], b: &[f32], c: &mut [f32]) {
-    let Shape {
-        m,
-        n,
-        k,
-        layout,
-        accumulate,
-        ..
-    } = *shape;
-    assert!(
-        a.len() == m * k && b.len() == k * n && c.len() == m * n,
-        "{shape:?}: slices of other lengths"
-    );
-    let int = |size: usize| {
-        c_int::try_from(size).unwrap_or_else(|_| panic!("{shape:?}: {size} is too large"))
-    };
-    let (trans_a, lda) = if matches!(layout, Layout::TN | Layout::TT) {
-        (TRANSPOSE, m)
-    } else {
-        (NO_TRANSPOSE, k)
-    };
-    let (trans_b, ldb) = if matches!(layout, Layout::NT | Layout::TT) {
-        (TRANSPOSE, k)
-    } else {
-        (NO_TRANSPOSE, n)
-    };
+    let Shape { m, n, k, layout, accumulate, .. } = *shape;
+    assert!(a.len() == m * k && b.len() == k * n && c.len() == m * n, "{shape:?}: slices of other lengths");
+    let int = |size: usize| c_int::try_from(size).unwrap_or_else(|_| panic!("{shape:?}: {size} is too large"));
+    let (trans_a, lda) = if matches!(layout, Layout::TN | Layout::TT) { (TRANSPOSE, m) } else { (NO_TRANSPOSE, k) };
+    let (trans_b, ldb) = if matches!(layout, Layout::NT | Layout::TT) { (TRANSPOSE, k) } else { (NO_TRANSPOSE, n) };
     let beta = if accumulate { 1.0 } else { 0.0 };
     // SAFETY: the slices have the lengths that the sizes ask for.
     unsafe {

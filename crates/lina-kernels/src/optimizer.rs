@@ -25,24 +25,10 @@ pub struct AdamWStep {
 }
 
 /// Updates `params` and the moments `m` and `v` in place from `grads`; all have one length.
-pub fn adamw_step(
-    ctx: &Compute,
-    params: &mut [f32],
-    grads: &[f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    step: &AdamWStep,
-) {
+pub fn adamw_step(ctx: &Compute, params: &mut [f32], grads: &[f32], m: &mut [f32], v: &mut [f32], step: &AdamWStep) {
     let len = params.len();
-    assert!(
-        grads.len() == len && m.len() == len && v.len() == len,
-        "adamw_step: shapes"
-    );
-    let outputs = (
-        RowsMut::new(params, 1),
-        RowsMut::new(m, 1),
-        RowsMut::new(v, 1),
-    );
+    assert!(grads.len() == len && m.len() == len && v.len() == len, "adamw_step: shapes");
+    let outputs = (RowsMut::new(params, 1), RowsMut::new(m, 1), RowsMut::new(v, 1));
     ctx.parallel_rows(len, block_rows(1), outputs, |range, (params, m, v)| {
         adamw_block(ctx.isa(), params, &grads[range], m, v, *step)
     });

@@ -16,48 +16,24 @@ pub const DROPPED: u32 = u32::MAX;
 /// If an index is not a row of `src`.
 pub fn gather_rows(ctx: &Compute, src: &[f32], width: usize, index: &[u32], dst: &mut [f32]) {
     assert_eq!(dst.len(), index.len() * width, "gather_rows: shapes");
-    ctx.parallel_rows(
-        index.len(),
-        block_rows(width),
-        RowsMut::new(dst, width),
-        |range, dst| {
-            for (dst, &row) in dst.chunks_exact_mut(width).zip(&index[range]) {
-                match row {
-                    DROPPED => dst.fill(0.0),
-                    row => dst.copy_from_slice(&src[row as usize * width..][..width]),
-                }
+    ctx.parallel_rows(index.len(), block_rows(width), RowsMut::new(dst, width), |range, dst| {
+        for (dst, &row) in dst.chunks_exact_mut(width).zip(&index[range]) {
+            match row {
+                DROPPED => dst.fill(0.0),
+                row => dst.copy_from_slice(&src[row as usize * width..][..width]),
             }
-        },
-    );
+        }
+    });
 }
 
 /// Backward of [`gather_rows`] from tokens to expert order: `grad_x[t]` += the sum of `grad_rows[position[t][j]]` over j in order.
 ///
 /// `grad_rows`: `[rows, width]`; `position`: `[tokens, k]`; `grad_x`: `[tokens, width]`.
-pub fn gather_backward(
-    ctx: &Compute,
-    grad_rows: &[f32],
-    width: usize,
-    position: &[u32],
-    grad_x: &mut [f32],
-) {
+pub fn gather_backward(ctx: &Compute, grad_rows: &[f32], width: usize, position: &[u32], grad_x: &mut [f32]) {
     let (tokens, k) = shape(grad_x.len(), width, position.len());
-    ctx.parallel_rows(
-        tokens,
-        block_rows(width * k),
-        RowsMut::new(grad_x, width),
-        |range, grad_x| {
-            combine_block(
-                ctx.isa(),
-                grad_rows,
-                width,
-                k,
-                &position[range.start * k..range.end * k],
-                None,
-                grad_x,
-            );
-        },
-    );
+    ctx.parallel_rows(tokens, block_rows(width * k), RowsMut::new(grad_x, width), |range, grad_x| {
+        combine_block(ctx.isa(), grad_rows, width, k, &position[range.start * k..range.end * k], None, grad_x);
+    });
 }
 
 /// `out[t]` += the sum of `gate_weight[t][j]` · `expert_rows[position[t][j]]` over j in order; dropped ones count as zero.
@@ -73,23 +49,10 @@ pub fn combine_rows(
 ) {
     let (tokens, k) = shape(out.len(), width, position.len());
     assert_eq!(gate_weight.len(), position.len(), "combine_rows: shapes");
-    ctx.parallel_rows(
-        tokens,
-        block_rows(width * k),
-        RowsMut::new(out, width),
-        |range, out| {
-            let range = range.start * k..range.end * k;
-            combine_block(
-                ctx.isa(),
-                expert_rows,
-                width,
-                k,
-                &position[range.clone()],
-                Some(&gate_weight[range]),
-                out,
-            );
-        },
-    );
+    ctx.parallel_rows(tokens, block_rows(width * k), RowsMut::new(out, width), |range, out| {
+        let range = range.start * k..range.end * k;
+        combine_block(ctx.isa(), expert_rows, width, k, &position[range.clone()], Some(&gate_weight[range]), out);
+    });
 }
 
 /// Backward of [`combine_rows`].
@@ -122,34 +85,29 @@ pub fn combine_backward(
     }
     assert_distinct(position, expert_rows.len() / width);
     let grad_rows = RowsMut::new(grad_expert_rows, width);
-    ctx.parallel_rows(
-        tokens,
-        block_rows(width * k),
-        RowsMut::new(grad_gate_weight, k),
-        |range, grad_gate_weight| {
-            for token in range.clone() {
-                let grad_out = &grad_out[token * width..(token + 1) * width];
-                for slot in 0..k {
-                    let grad_weight = &mut grad_gate_weight[(token - range.start) * k + slot];
-                    let row = position[token * k + slot];
-                    if row == DROPPED {
-                        *grad_weight = 0.0;
-                        continue;
-                    }
-                    let row = row as usize;
-                    // SAFETY: no other position names this row, so no other part of it is alive; it exists, as `assert_distinct` checked.
-                    let grad_row = unsafe { grad_rows.part(row..row + 1) };
-                    *grad_weight = combine_backward_row(
-                        ctx.isa(),
-                        grad_out,
-                        &expert_rows[row * width..(row + 1) * width],
-                        gate_weight[token * k + slot],
-                        grad_row,
-                    );
+    ctx.parallel_rows(tokens, block_rows(width * k), RowsMut::new(grad_gate_weight, k), |range, grad_gate_weight| {
+        for token in range.clone() {
+            let grad_out = &grad_out[token * width..(token + 1) * width];
+            for slot in 0..k {
+                let grad_weight = &mut grad_gate_weight[(token - range.start) * k + slot];
+                let row = position[token * k + slot];
+                if row == DROPPED {
+                    *grad_weight = 0.0;
+                    continue;
                 }
+                let row = row as usize;
+                // SAFETY: no other position names this row, so no other part of it is alive; it exists, as `assert_distinct` checked.
+                let grad_row = unsafe { grad_rows.part(row..row + 1) };
+                *grad_weight = combine_backward_row(
+                    ctx.isa(),
+                    grad_out,
+                    &expert_rows[row * width..(row + 1) * width],
+                    gate_weight[token * k + slot],
+                    grad_row,
+                );
             }
-        },
-    );
+        }
+    });
 }
 
 /// Tokens and choices per token.
@@ -168,10 +126,7 @@ fn assert_distinct(position: &[u32], rows: usize) {
     scratch::with_f32(rows.div_ceil(32), |seen| {
         seen.fill(0.0);
         for &row in position.iter().filter(|&&row| row != DROPPED) {
-            assert!(
-                (row as usize) < rows,
-                "position {row} is not among {rows} rows"
-            );
+            assert!((row as usize) < rows, "position {row} is not among {rows} rows");
             let word = &mut seen[row as usize / 32];
             let (bits, bit) = (word.to_bits(), 1 << (row % 32));
             assert!(bits & bit == 0, "row {row} belongs to two positions");

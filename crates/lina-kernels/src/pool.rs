@@ -59,17 +59,10 @@ impl Pool {
             .map_while(|index| {
                 let shared = Arc::clone(&shared);
                 // A machine that refuses a thread gets the same results from fewer of them.
-                thread::Builder::new()
-                    .name(format!("kernels-{index}"))
-                    .spawn(move || help(&shared))
-                    .ok()
+                thread::Builder::new().name(format!("kernels-{index}")).spawn(move || help(&shared)).ok()
             })
             .collect();
-        Self {
-            shared,
-            busy: AtomicBool::new(false),
-            helpers,
-        }
+        Self { shared, busy: AtomicBool::new(false), helpers }
     }
 
     /// Runs `job` on the caller and on every helper that comes before the caller's own run returns; `job` shares out its work itself.
@@ -81,8 +74,7 @@ impl Pool {
         }
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes; `broadcast` does not return, nor unwind, before every helper has left the job.
-        let erased: Job =
-            unsafe { std::mem::transmute::<&(dyn Fn() + Sync), &'static (dyn Fn() + Sync)>(job) };
+        let erased: Job = unsafe { std::mem::transmute::<&(dyn Fn() + Sync), &'static (dyn Fn() + Sync)>(job) };
         // SAFETY: `busy` is ours and the state is closed with nobody inside, so nobody reads the cell.
         unsafe { *shared.job.get() = Some(erased) };
         let generation = (shared.state.load(SeqCst) & !(GENERATION - 1)).wrapping_add(GENERATION);
@@ -98,17 +90,9 @@ impl Pool {
         let mut looks = 0_u32;
         while shared.state.load(SeqCst) & INSIDE != 0 {
             looks = looks.saturating_add(1);
-            if looks < EAGER_LOOKS {
-                std::hint::spin_loop()
-            } else {
-                thread::yield_now()
-            }
+            if looks < EAGER_LOOKS { std::hint::spin_loop() } else { thread::yield_now() }
         }
-        let panic = shared
-            .panic
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.busy.store(false, SeqCst);
         if let Err(payload) = own {
             resume_unwind(payload);
@@ -122,12 +106,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, SeqCst);
-        drop(
-            self.shared
-                .sleep
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
+        drop(self.shared.sleep.lock().unwrap_or_else(PoisonError::into_inner));
         self.shared.wake.notify_all();
         for helper in self.helpers.drain(..) {
             // A helper catches its jobs' panics and hands them to the caller, so there is nothing left to report here.
@@ -145,11 +124,7 @@ fn help(shared: &Shared) {
         if let Some(job) = job
             && let Err(payload) = catch_unwind(AssertUnwindSafe(job))
         {
-            shared
-                .panic
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .get_or_insert(payload);
+            shared.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
         }
         shared.state.fetch_sub(1, SeqCst);
     }
@@ -166,11 +141,7 @@ fn enter(shared: &Shared, last: u64) -> Option<u64> {
         let state = shared.state.load(SeqCst);
         let generation = state & !(GENERATION - 1);
         if state & OPEN != 0 && generation != last {
-            if shared
-                .state
-                .compare_exchange(state, state + 1, SeqCst, SeqCst)
-                .is_ok()
-            {
+            if shared.state.compare_exchange(state, state + 1, SeqCst, SeqCst).is_ok() {
                 return Some(generation);
             }
             continue;
@@ -189,12 +160,7 @@ fn enter(shared: &Shared, last: u64) -> Option<u64> {
                 state & OPEN == 0 || state & !(GENERATION - 1) == last
             };
             if idle {
-                drop(
-                    shared
-                        .wake
-                        .wait(guard)
-                        .unwrap_or_else(PoisonError::into_inner),
-                );
+                drop(shared.wake.wait(guard).unwrap_or_else(PoisonError::into_inner));
             }
             shared.sleeping.fetch_sub(1, SeqCst);
             looks = 0;

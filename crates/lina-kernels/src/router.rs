@@ -24,32 +24,20 @@ pub fn router_forward(
     gate_weight: &mut [f32],
 ) {
     let (tokens, experts) = shape(probs.len(), expert_index.len(), k);
-    assert!(
-        logits.len() == probs.len() && gate_weight.len() == expert_index.len(),
-        "router_forward: shapes"
-    );
-    let outputs = (
-        RowsMut::new(probs, experts),
-        RowsMut::new(expert_index, k),
-        RowsMut::new(gate_weight, k),
-    );
-    ctx.parallel_rows(
-        tokens,
-        TOKENS,
-        outputs,
-        |range, (probs, expert_index, gate_weight)| {
-            forward_block(
-                ctx.isa(),
-                &logits[range.start * experts..range.end * experts],
-                experts,
-                k,
-                renormalise,
-                probs,
-                expert_index,
-                gate_weight,
-            );
-        },
-    );
+    assert!(logits.len() == probs.len() && gate_weight.len() == expert_index.len(), "router_forward: shapes");
+    let outputs = (RowsMut::new(probs, experts), RowsMut::new(expert_index, k), RowsMut::new(gate_weight, k));
+    ctx.parallel_rows(tokens, TOKENS, outputs, |range, (probs, expert_index, gate_weight)| {
+        forward_block(
+            ctx.isa(),
+            &logits[range.start * experts..range.end * experts],
+            experts,
+            k,
+            renormalise,
+            probs,
+            expert_index,
+            gate_weight,
+        );
+    });
 }
 
 /// Backward of [`router_forward`] with the auxiliary losses.
@@ -72,49 +60,34 @@ pub fn router_backward(
     grad_logits: &mut [f32],
 ) {
     let (tokens, experts) = shape(probs.len(), expert_index.len(), k);
-    let weights =
-        gate_weight.len() == expert_index.len() && grad_gate_weight.len() == expert_index.len();
-    assert!(
-        weights && logits.len() == probs.len() && grad_logits.len() == probs.len(),
-        "router_backward: shapes"
-    );
+    let weights = gate_weight.len() == expert_index.len() && grad_gate_weight.len() == expert_index.len();
+    assert!(weights && logits.len() == probs.len() && grad_logits.len() == probs.len(), "router_backward: shapes");
     assert!(
         extra_grad_probs.is_none_or(|extra| extra.len() == experts || tokens == 0),
         "router_backward: extra_grad_probs has one element per expert"
     );
-    ctx.parallel_rows(
-        tokens,
-        TOKENS,
-        RowsMut::new(grad_logits, experts),
-        |range, grad_logits| {
-            let (dense, sparse) = (
-                range.start * experts..range.end * experts,
-                range.start * k..range.end * k,
-            );
-            backward_block(
-                ctx.isa(),
-                &probs[dense.clone()],
-                &expert_index[sparse.clone()],
-                &gate_weight[sparse.clone()],
-                experts,
-                k,
-                renormalise,
-                &grad_gate_weight[sparse],
-                extra_grad_probs,
-                z_loss_scale,
-                &logits[dense],
-                grad_logits,
-            );
-        },
-    );
+    ctx.parallel_rows(tokens, TOKENS, RowsMut::new(grad_logits, experts), |range, grad_logits| {
+        let (dense, sparse) = (range.start * experts..range.end * experts, range.start * k..range.end * k);
+        backward_block(
+            ctx.isa(),
+            &probs[dense.clone()],
+            &expert_index[sparse.clone()],
+            &gate_weight[sparse.clone()],
+            experts,
+            k,
+            renormalise,
+            &grad_gate_weight[sparse],
+            extra_grad_probs,
+            z_loss_scale,
+            &logits[dense],
+            grad_logits,
+        );
+    });
 }
 
 /// Tokens and experts of `[tokens, experts]` and `[tokens, k]` buffers of these lengths.
 fn shape(dense: usize, sparse: usize, k: usize) -> (usize, usize) {
-    assert!(
-        k > 0 && sparse.is_multiple_of(k),
-        "router: {sparse} choices are not {k} per token"
-    );
+    assert!(k > 0 && sparse.is_multiple_of(k), "router: {sparse} choices are not {k} per token");
     let tokens = sparse / k;
     let experts = dense.checked_div(tokens).unwrap_or(k);
     assert!(

@@ -17,22 +17,14 @@ pub(crate) fn with_f32<R>(len: usize, with: impl FnOnce(&mut [f32]) -> R) -> R {
         // The smallest that fits keeps large buffers for large requests; without one, the largest grows.
         let best = (0..free.len()).min_by_key(|&index| {
             let capacity = free[index].len();
-            if capacity >= needed {
-                (0, capacity)
-            } else {
-                (1, usize::MAX - capacity)
-            }
+            if capacity >= needed { (0, capacity) } else { (1, usize::MAX - capacity) }
         });
-        best.map(|index| free.swap_remove(index))
-            .unwrap_or_default()
+        best.map(|index| free.swap_remove(index)).unwrap_or_default()
     });
     if buffer.len() < needed {
         buffer.resize(needed, 0.0);
     }
-    let skip = buffer
-        .as_ptr()
-        .align_offset(LINE * size_of::<f32>())
-        .min(LINE);
+    let skip = buffer.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
     let result = with(&mut buffer[skip..skip + len]);
     FREE.with_borrow_mut(|free| free.push(buffer));
     result

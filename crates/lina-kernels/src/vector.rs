@@ -59,23 +59,11 @@ pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
     let x = if x < -4.0 { -4.0 } else { x };
     let square = x * x;
     let mut numerator = -2.726_142_3e-10;
-    for coefficient in [
-        2.770_681_4e-8,
-        -2.101_024e-6,
-        -5.692_506_4e-5,
-        -7.349_906_3e-4,
-        -2.954_6e-3,
-        -1.609_603_3e-2,
-    ] {
+    for coefficient in [2.770_681_4e-8, -2.101_024e-6, -5.692_506_4e-5, -7.349_906_3e-4, -2.954_6e-3, -1.609_603_3e-2] {
         numerator = fma::<FMA>(numerator, square, coefficient);
     }
     let mut denominator = -1.456_607_2e-5;
-    for coefficient in [
-        -2.133_740_6e-4,
-        -1.682_827e-3,
-        -7.373_329e-3,
-        -1.426_473_9e-2,
-    ] {
+    for coefficient in [-2.133_740_6e-4, -1.682_827e-3, -7.373_329e-3, -1.426_473_9e-2] {
         denominator = fma::<FMA>(denominator, square, coefficient);
     }
     x * numerator / denominator
@@ -83,12 +71,7 @@ pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
 
 /// Folds `update` over `0..len` in a number of lanes that depends on `len` alone, then the lanes by `combine`.
 #[inline(always)]
-fn reduce(
-    len: usize,
-    identity: f32,
-    combine: impl Fn(f32, f32) -> f32,
-    update: impl Fn(f32, usize) -> f32,
-) -> f32 {
+fn reduce(len: usize, identity: f32, combine: impl Fn(f32, f32) -> f32, update: impl Fn(f32, usize) -> f32) -> f32 {
     if len >= LONG {
         reduce_in::<LONG_LANES>(len, identity, combine, update)
     } else {
@@ -135,33 +118,21 @@ pub(crate) fn sum(x: &[f32]) -> f32 {
 #[inline(always)]
 pub(crate) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
     let b = &b[..a.len()];
-    reduce(
-        a.len(),
-        0.0,
-        |x, y| x + y,
-        |acc, i| fma::<FMA>(a[i], b[i], acc),
-    )
+    reduce(a.len(), 0.0, |x, y| x + y, |acc, i| fma::<FMA>(a[i], b[i], acc))
 }
 
 /// Sum of the products of `a`, `b` and `c`, which have one length.
 #[inline(always)]
 pub(crate) fn dot3<const FMA: bool>(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
     let (b, c) = (&b[..a.len()], &c[..a.len()]);
-    reduce(
-        a.len(),
-        0.0,
-        |x, y| x + y,
-        |acc, i| fma::<FMA>(a[i] * b[i], c[i], acc),
-    )
+    reduce(a.len(), 0.0, |x, y| x + y, |acc, i| fma::<FMA>(a[i] * b[i], c[i], acc))
 }
 
 /// Largest element, -infinity for none; a NaN is passed over.
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
-    reduce(x.len(), f32::NEG_INFINITY, larger, |acc, i| {
-        larger(acc, x[i])
-    })
+    reduce(x.len(), f32::NEG_INFINITY, larger, |acc, i| larger(acc, x[i]))
 }
 
 /// Replaces each element by e^(x - shift). A remainder goes through a padded vector: softmax rows are often shorter than one.

@@ -32,8 +32,7 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 fn take_turn() -> std::sync::MutexGuard<'static, ()> {
-    TURN.lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
+    TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 #[test]
@@ -56,9 +55,8 @@ fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
     let _turn = take_turn();
     let ctx = Compute::new(2);
     for index in [0, 50, 99] {
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            ctx.parallel_for(100, |task| assert_ne!(task, index, "the chosen task"))
-        }));
+        let result =
+            catch_unwind(AssertUnwindSafe(|| ctx.parallel_for(100, |task| assert_ne!(task, index, "the chosen task"))));
         assert!(result.is_err());
     }
     let runs = AtomicUsize::new(0);
@@ -88,13 +86,7 @@ fn ranks_in_threads_compute_side_by_side() {
     let (a, b) = (random(300 * 200, 1), random(200 * 100, 2));
     let product = |ctx: &Compute| {
         let mut c = vec![0.0; 300 * 100];
-        matmul(
-            ctx,
-            MatMut::new(&mut c, 300, 100),
-            Mat::new(&a, 300, 200),
-            Mat::new(&b, 200, 100),
-            false,
-        );
+        matmul(ctx, MatMut::new(&mut c, 300, 100), Mat::new(&a, 300, 200), Mat::new(&b, 200, 100), false);
         c
     };
     let expected = product(&Compute::new(1));
@@ -118,50 +110,29 @@ fn warm_kernels_allocate_nothing_large() {
     let _turn = take_turn();
     let ctx = Compute::new(2);
     let (tokens, width, experts) = (256, 64, 64);
-    let sequences = [Sequence {
-        start_row: 0,
-        rows: tokens,
-    }];
+    let sequences = [Sequence { start_row: 0, rows: tokens }];
     let shape = AttentionShape::fused(&sequences, 4, 2, 16);
     let qkv = random(tokens * shape.row_stride, 1);
-    let (mut out, mut lse, mut grad_qkv) = (
-        vec![0.0; tokens * width],
-        vec![0.0; tokens * 4],
-        vec![0.0; qkv.len()],
-    );
-    let (weight, mut grad_weight, mut inv_rms) =
-        (random(width, 2), vec![0.0; width], vec![0.0; tokens]);
-    let (x, mut y, mut grad_x) = (
-        random(tokens * width, 3),
-        vec![0.0; tokens * width],
-        vec![0.0; tokens * width],
-    );
+    let (mut out, mut lse, mut grad_qkv) = (vec![0.0; tokens * width], vec![0.0; tokens * 4], vec![0.0; qkv.len()]);
+    let (weight, mut grad_weight, mut inv_rms) = (random(width, 2), vec![0.0; width], vec![0.0; tokens]);
+    let (x, mut y, mut grad_x) = (random(tokens * width, 3), vec![0.0; tokens * width], vec![0.0; tokens * width]);
     let weights = random(experts * width * width, 4);
     let mut hidden = vec![0.0; tokens * width];
     let mut step = || {
         rms_norm_forward(&ctx, &x, &weight, 1e-5, &mut y, &mut inv_rms);
-        rms_norm_backward(
-            &ctx,
-            &x,
-            &weight,
-            &inv_rms,
-            &y,
-            &mut grad_x,
-            &mut grad_weight,
-        );
+        rms_norm_backward(&ctx, &x, &weight, &inv_rms, &y, &mut grad_x, &mut grad_weight);
         attention_forward(&ctx, &shape, &qkv, &mut out, &mut lse);
         attention_backward(&ctx, &shape, &qkv, &out, &lse, &x, &mut grad_qkv);
         let rows = tokens / experts;
-        let products = hidden
-            .chunks_mut(rows * width)
-            .zip(x.chunks(rows * width))
-            .zip(weights.chunks(width * width))
-            .map(|((c, a), b)| Product {
-                c: MatMut::new(c, rows, width),
-                a: Mat::new(a, rows, width),
-                b: Mat::new(b, width, width).t(),
-                accumulate: false,
-            });
+        let products =
+            hidden.chunks_mut(rows * width).zip(x.chunks(rows * width)).zip(weights.chunks(width * width)).map(
+                |((c, a), b)| Product {
+                    c: MatMut::new(c, rows, width),
+                    a: Mat::new(a, rows, width),
+                    b: Mat::new(b, width, width).t(),
+                    accumulate: false,
+                },
+            );
         matmul_grouped(&ctx, products);
         sum_of_squares(&ctx, &hidden)
     };

@@ -9,37 +9,15 @@ use common::random;
 
 /// The reference in f64, with a bound on the rounding error of an f32 chain.
 fn check(ctx: &Compute, m: usize, n: usize, k: usize, layout: Layout, accumulate: bool, seed: u64) {
-    let (a, b, before) = (
-        random(m * k, seed),
-        random(k * n, seed + 1),
-        random(m * n, seed + 2),
-    );
+    let (a, b, before) = (random(m * k, seed), random(k * n, seed + 1), random(m * n, seed + 2));
     let mut c = before.clone();
-    matmul(
-        ctx,
-        MatMut::new(&mut c, m, n),
-        mat_a(&a, m, k, layout),
-        mat_b(&b, k, n, layout),
-        accumulate,
-    );
+    matmul(ctx, MatMut::new(&mut c, m, n), mat_a(&a, m, k, layout), mat_b(&b, k, n, layout), accumulate);
     for i in 0..m {
         for j in 0..n {
-            let mut expected = if accumulate {
-                f64::from(before[i * n + j])
-            } else {
-                0.0
-            };
+            let mut expected = if accumulate { f64::from(before[i * n + j]) } else { 0.0 };
             for p in 0..k {
-                let a = if matches!(layout, Layout::TN | Layout::TT) {
-                    a[p * m + i]
-                } else {
-                    a[i * k + p]
-                };
-                let b = if matches!(layout, Layout::NT | Layout::TT) {
-                    b[j * k + p]
-                } else {
-                    b[p * n + j]
-                };
+                let a = if matches!(layout, Layout::TN | Layout::TT) { a[p * m + i] } else { a[i * k + p] };
+                let b = if matches!(layout, Layout::NT | Layout::TT) { b[j * k + p] } else { b[p * n + j] };
                 expected += f64::from(a) * f64::from(b);
             }
             let error = (f64::from(c[i * n + j]) - expected).abs();
@@ -54,19 +32,11 @@ fn check(ctx: &Compute, m: usize, n: usize, k: usize, layout: Layout, accumulate
 }
 
 fn mat_a(a: &[f32], m: usize, k: usize, layout: Layout) -> Mat<'_> {
-    if matches!(layout, Layout::TN | Layout::TT) {
-        Mat::new(a, k, m).t()
-    } else {
-        Mat::new(a, m, k)
-    }
+    if matches!(layout, Layout::TN | Layout::TT) { Mat::new(a, k, m).t() } else { Mat::new(a, m, k) }
 }
 
 fn mat_b(b: &[f32], k: usize, n: usize, layout: Layout) -> Mat<'_> {
-    if matches!(layout, Layout::NT | Layout::TT) {
-        Mat::new(b, n, k).t()
-    } else {
-        Mat::new(b, k, n)
-    }
+    if matches!(layout, Layout::NT | Layout::TT) { Mat::new(b, n, k).t() } else { Mat::new(b, k, n) }
 }
 
 const LAYOUTS: [Layout; 4] = [Layout::NN, Layout::NT, Layout::TN, Layout::TT];
@@ -102,39 +72,20 @@ fn matches_the_reference_at_the_edges_of_every_instruction_set() {
 
 #[test]
 fn a_group_equals_its_products() {
-    let shapes = [
-        (0, 64, 32),
-        (100, 64, 32),
-        (1, 64, 32),
-        (333, 64, 32),
-        (17, 200, 600),
-    ];
+    let shapes = [(0, 64, 32), (100, 64, 32), (1, 64, 32), (333, 64, 32), (17, 200, 600)];
     let ctx = Compute::new(2);
-    let operands: Vec<_> = shapes
-        .iter()
-        .map(|&(m, n, k)| (random(m * k, 1), random(n * k, 2)))
-        .collect();
+    let operands: Vec<_> = shapes.iter().map(|&(m, n, k)| (random(m * k, 1), random(n * k, 2))).collect();
     let mut grouped: Vec<_> = shapes.iter().map(|&(m, n, _)| vec![1.0; m * n]).collect();
     let mut single = grouped.clone();
-    let products = grouped
-        .iter_mut()
-        .zip(&operands)
-        .zip(shapes)
-        .map(|((c, (a, b)), (m, n, k))| Product {
-            c: MatMut::new(c, m, n),
-            a: Mat::new(a, m, k),
-            b: Mat::new(b, n, k).t(),
-            accumulate: true,
-        });
+    let products = grouped.iter_mut().zip(&operands).zip(shapes).map(|((c, (a, b)), (m, n, k))| Product {
+        c: MatMut::new(c, m, n),
+        a: Mat::new(a, m, k),
+        b: Mat::new(b, n, k).t(),
+        accumulate: true,
+    });
     matmul_grouped(&ctx, products);
     for ((c, (a, b)), (m, n, k)) in single.iter_mut().zip(&operands).zip(shapes) {
-        matmul(
-            &Compute::new(1),
-            MatMut::new(c, m, n),
-            Mat::new(a, m, k),
-            Mat::new(b, n, k).t(),
-            true,
-        );
+        matmul(&Compute::new(1), MatMut::new(c, m, n), Mat::new(a, m, k), Mat::new(b, n, k).t(), true);
     }
     assert_eq!(grouped, single);
 }
@@ -153,9 +104,7 @@ fn strided_views_leave_the_gaps_alone() {
         false,
     );
     let dense = |x: &[f32], rows: usize, cols: usize| -> Vec<f32> {
-        (0..rows)
-            .flat_map(|row| x[row * stride..row * stride + cols].to_vec())
-            .collect()
+        (0..rows).flat_map(|row| x[row * stride..row * stride + cols].to_vec()).collect()
     };
     let mut expected = vec![0.0; m * n];
     matmul(
@@ -166,10 +115,7 @@ fn strided_views_leave_the_gaps_alone() {
         false,
     );
     assert_eq!(dense(&c, m, n), expected);
-    assert!(
-        c.chunks(stride)
-            .all(|row| row[n..].iter().all(|&gap| gap == 7.0))
-    );
+    assert!(c.chunks(stride).all(|row| row[n..].iter().all(|&gap| gap == 7.0)));
 }
 
 #[test]
@@ -177,23 +123,10 @@ fn recording_gives_the_shapes_in_order() {
     let ctx = Compute::new(1);
     let (a, b, mut c) = (random(6, 1), random(12, 2), vec![0.0; 8]);
     gemm::record(true);
-    matmul(
-        &ctx,
-        MatMut::new(&mut c, 2, 4),
-        Mat::new(&a, 2, 3),
-        Mat::new(&b, 4, 3).t(),
-        true,
-    );
+    matmul(&ctx, MatMut::new(&mut c, 2, 4), Mat::new(&a, 2, 3), Mat::new(&b, 4, 3).t(), true);
     gemm::record(false);
     // Other tests of this process may have run products meanwhile.
-    let shape = gemm::Shape {
-        m: 2,
-        n: 4,
-        k: 3,
-        layout: Layout::NT,
-        accumulate: true,
-        batch: 1,
-    };
+    let shape = gemm::Shape { m: 2, n: 4, k: 3, layout: Layout::NT, accumulate: true, batch: 1 };
     assert!(gemm::take_recorded().contains(&shape));
 }
 

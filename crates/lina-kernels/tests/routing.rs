@@ -23,14 +23,7 @@ fn router_chooses_the_largest_and_lower_indices_among_equals() {
 #[test]
 fn router_survives_infinite_and_missing_numbers() {
     let ctx = Compute::new(1);
-    let logits = [
-        f32::NAN,
-        1.0,
-        2.0,
-        f32::NEG_INFINITY,
-        0.0,
-        f32::NEG_INFINITY,
-    ];
+    let logits = [f32::NAN, 1.0, 2.0, f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY];
     let (mut probs, mut index, mut weight) = (vec![0.0; 6], vec![9; 4], vec![0.0; 4]);
     router_forward(&ctx, &logits, 2, false, &mut probs, &mut index, &mut weight);
     assert!(index.iter().all(|&expert| expert < 3));
@@ -43,25 +36,13 @@ fn router_gradient_with_auxiliary_losses() {
         for renormalise in [false, true] {
             with_every_compute(|ctx| {
                 // Far enough apart that a difference step changes no choice.
-                let logits: Vec<f32> = (0..tokens * experts)
-                    .map(|i| ((i * 7 + i / experts) % experts) as f32 * 0.15 - 1.0)
-                    .collect();
+                let logits: Vec<f32> =
+                    (0..tokens * experts).map(|i| ((i * 7 + i / experts) % experts) as f32 * 0.15 - 1.0).collect();
                 let (grad_weight, extra, z) = (random(tokens * k, 2), random(experts, 3), 0.05);
                 let forward = |logits: &[f32]| {
-                    let (mut probs, mut index, mut weight) = (
-                        vec![0.0; logits.len()],
-                        vec![0; tokens * k],
-                        vec![0.0; tokens * k],
-                    );
-                    router_forward(
-                        ctx,
-                        logits,
-                        k,
-                        renormalise,
-                        &mut probs,
-                        &mut index,
-                        &mut weight,
-                    );
+                    let (mut probs, mut index, mut weight) =
+                        (vec![0.0; logits.len()], vec![0; tokens * k], vec![0.0; tokens * k]);
+                    router_forward(ctx, logits, k, renormalise, &mut probs, &mut index, &mut weight);
                     (probs, index, weight)
                 };
                 let (probs, index, weight) = forward(&logits);
@@ -84,16 +65,9 @@ fn router_gradient_with_auxiliary_losses() {
                         let (probs, _, weight) = forward(logits);
                         let lse = logits
                             .chunks(experts)
-                            .map(|row| {
-                                row.iter()
-                                    .map(|&x| f64::from(x).exp())
-                                    .sum::<f64>()
-                                    .ln()
-                                    .powi(2)
-                            })
+                            .map(|row| row.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln().powi(2))
                             .sum::<f64>();
-                        let balance: f64 =
-                            probs.chunks(experts).map(|row| weighted(row, &extra)).sum();
+                        let balance: f64 = probs.chunks(experts).map(|row| weighted(row, &extra)).sum();
                         weighted(&weight, &grad_weight) + balance + f64::from(z) * lse
                     });
                 }
@@ -105,10 +79,8 @@ fn router_gradient_with_auxiliary_losses() {
 
 /// Rows in expert order for a random choice of experts, some dropped: `position` and, per row, its token.
 fn permutation(tokens: usize, k: usize, experts: usize, seed: u64) -> (Vec<u32>, Vec<u32>) {
-    let choice: Vec<usize> = random(tokens * k, seed)
-        .iter()
-        .map(|x| ((x + 1.0) / 2.0 * (experts + 1) as f32) as usize)
-        .collect();
+    let choice: Vec<usize> =
+        random(tokens * k, seed).iter().map(|x| ((x + 1.0) / 2.0 * (experts + 1) as f32) as usize).collect();
     let (mut position, mut token_of_row) = (vec![DROPPED; tokens * k], Vec::new());
     for expert in 0..experts {
         for slot in (0..tokens * k).filter(|&slot| choice[slot] == expert) {
@@ -129,16 +101,10 @@ fn permutation_forward_and_backward() {
             let mut gathered = vec![0.0; rows * width];
             gather_rows(ctx, &x, width, &token_of_row, &mut gathered);
             for (row, &token) in token_of_row.iter().enumerate() {
-                assert_eq!(
-                    gathered[row * width..][..width],
-                    x[token as usize * width..][..width]
-                );
+                assert_eq!(gathered[row * width..][..width], x[token as usize * width..][..width]);
             }
-            let (expert_rows, weight, grad_out) = (
-                random(rows * width, 2),
-                random(tokens * k, 3),
-                random(tokens * width, 4),
-            );
+            let (expert_rows, weight, grad_out) =
+                (random(rows * width, 2), random(tokens * k, 3), random(tokens * width, 4));
             let combine = |expert_rows: &[f32], weight: &[f32]| {
                 let mut out = x.clone();
                 combine_rows(ctx, expert_rows, width, &position, weight, &mut out);
@@ -146,16 +112,7 @@ fn permutation_forward_and_backward() {
             };
             let out = combine(&expert_rows, &weight);
             let (mut grad_rows, mut grad_weight) = (vec![0.0; rows * width], vec![0.0; tokens * k]);
-            combine_backward(
-                ctx,
-                &grad_out,
-                width,
-                &expert_rows,
-                &position,
-                &weight,
-                &mut grad_rows,
-                &mut grad_weight,
-            );
+            combine_backward(ctx, &grad_out, width, &expert_rows, &position, &weight, &mut grad_rows, &mut grad_weight);
             let mut grad_x = vec![0.5; x.len()];
             gather_backward(ctx, &grad_rows, width, &position, &mut grad_x);
             if tokens < 10 {
@@ -180,35 +137,16 @@ fn permutation_forward_and_backward() {
 #[test]
 #[should_panic(expected = "row 1 belongs to two positions")]
 fn two_positions_of_one_row_are_refused() {
-    combine_backward(
-        &Compute::new(1),
-        &[0.0; 4],
-        2,
-        &[0.0; 4],
-        &[1, 1],
-        &[1.0; 2],
-        &mut [0.0; 4],
-        &mut [0.0; 2],
-    );
+    combine_backward(&Compute::new(1), &[0.0; 4], 2, &[0.0; 4], &[1, 1], &[1.0; 2], &mut [0.0; 4], &mut [0.0; 2]);
 }
 
 #[test]
 fn cross_entropy() {
     for (rows, vocabulary) in [(0, 5), (1, 2), (4, 33), (40, 300)] {
         with_every_compute(|ctx| {
-            let logits: Vec<f32> = random(rows * vocabulary, 1)
-                .iter()
-                .map(|x| 5.0 * x)
-                .collect();
-            let targets: Vec<u32> = (0..rows)
-                .map(|row| {
-                    if row == 2 {
-                        IGNORED
-                    } else {
-                        (row * 7 % vocabulary) as u32
-                    }
-                })
-                .collect();
+            let logits: Vec<f32> = random(rows * vocabulary, 1).iter().map(|x| 5.0 * x).collect();
+            let targets: Vec<u32> =
+                (0..rows).map(|row| if row == 2 { IGNORED } else { (row * 7 % vocabulary) as u32 }).collect();
             let forward = |logits: &[f32]| {
                 let mut losses = vec![0.0; rows];
                 cross_entropy_forward(ctx, logits, &targets, &mut losses);
@@ -222,11 +160,7 @@ fn cross_entropy() {
                 let expected = if target == IGNORED {
                     0.0
                 } else {
-                    row_logits
-                        .iter()
-                        .map(|&x| f64::from(x).exp())
-                        .sum::<f64>()
-                        .ln()
+                    row_logits.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln()
                         - f64::from(row_logits[target as usize])
                 };
                 assert!((f64::from(losses[row]) - expected).abs() < 1e-5);
@@ -253,10 +187,7 @@ fn embedding_adds_repeated_ids_in_order() {
         let (mut grad, mut expected) = (random(table.len(), 3), random(table.len(), 3));
         embedding_backward(ctx, &grad_out, &ids, &mut grad);
         for (i, &id) in ids.iter().enumerate() {
-            assert_eq!(
-                out[i * width..][..width],
-                table[id as usize * width..][..width]
-            );
+            assert_eq!(out[i * width..][..width], table[id as usize * width..][..width]);
             for j in 0..width {
                 expected[id as usize * width + j] += grad_out[i * width + j];
             }
@@ -271,17 +202,9 @@ fn embedding_adds_repeated_ids_in_order() {
 fn adamw_follows_pytorch() {
     with_every_compute(|ctx| {
         let len = 40_001;
-        let (mut params, grads, mut m, mut v) = (
-            random(len, 1),
-            random(len, 2),
-            vec![0.0; len],
-            vec![0.0; len],
-        );
-        let (mut p64, mut m64, mut v64): (Vec<f64>, _, _) = (
-            params.iter().map(|&x| f64::from(x)).collect(),
-            vec![0.0; len],
-            vec![0.0; len],
-        );
+        let (mut params, grads, mut m, mut v) = (random(len, 1), random(len, 2), vec![0.0; len], vec![0.0; len]);
+        let (mut p64, mut m64, mut v64): (Vec<f64>, _, _) =
+            (params.iter().map(|&x| f64::from(x)).collect(), vec![0.0; len], vec![0.0; len]);
         for step in 1..=3 {
             let (bias1, bias2) = (1.0 - 0.9_f64.powi(step), 1.0 - 0.95_f64.powi(step));
             let scalars = AdamWStep {
@@ -299,8 +222,7 @@ fn adamw_follows_pytorch() {
                 let grad = 0.5 * f64::from(grads[i]);
                 m64[i] = 0.9 * m64[i] + 0.1 * grad;
                 v64[i] = 0.95 * v64[i] + 0.05 * grad * grad;
-                p64[i] = p64[i] * (1.0 - 0.001)
-                    - 0.01 / bias1 * m64[i] / (v64[i].sqrt() / bias2.sqrt() + 1e-8);
+                p64[i] = p64[i] * (1.0 - 0.001) - 0.01 / bias1 * m64[i] / (v64[i].sqrt() / bias2.sqrt() + 1e-8);
             }
         }
         for i in 0..len {
@@ -326,12 +248,7 @@ fn whole_buffer_operations() {
         assert_eq!(sum_of_squares(ctx, &[]), 0.0);
         let mut sum = vec![5.0; len];
         sum_into(ctx, &mut sum, &[&x, &y, &x]);
-        assert!(
-            sum.iter()
-                .zip(&x)
-                .zip(&y)
-                .all(|((sum, x), y)| *sum == (x + y) + x)
-        );
+        assert!(sum.iter().zip(&x).zip(&y).all(|((sum, x), y)| *sum == (x + y) + x));
         let mut same = x.clone();
         add(ctx, &mut same, &y);
         add(ctx, &mut same, &x);
@@ -348,13 +265,7 @@ fn whole_buffer_operations() {
         let mut none = vec![1.0; 3];
         sum_into(ctx, &mut none, &[]);
         assert_eq!(none, [0.0; 3]);
-        vec![
-            vec![
-                f32::from_bits((squares.to_bits() >> 32) as u32),
-                f32::from_bits(squares.to_bits() as u32),
-            ],
-            same,
-        ]
+        vec![vec![f32::from_bits((squares.to_bits() >> 32) as u32), f32::from_bits(squares.to_bits() as u32)], same]
     });
 }
 

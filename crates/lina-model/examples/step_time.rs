@@ -98,6 +98,7 @@ fn step(model: &mut Model, comm: &mut Comm, moments: &mut [Moments; 2]) -> Resul
     adamw_step(compute, &mut parameters.dense, dense, dense_m, dense_v, &update);
     adamw_step(compute, &mut parameters.experts, experts, experts_m, experts_v, &update);
     comm.agree(&mut [0.0])?;
+    comm.end_step();
     Ok(())
 }
 

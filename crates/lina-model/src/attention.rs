@@ -1,12 +1,12 @@
 //! Self-attention with its norm, projections, query and key norms, clipping and rotary positions.
 
 use lina_comm::{CommError, SharedBuffer, WorkKind};
-use lina_kernels::{self as kernels, AttentionShape, HeadLayout, Mat, MatMut, Product, RotaryTable};
+use lina_kernels::{self as kernels, AttentionShape, HeadLayout, Mat, MatMut, Product};
 
 use crate::config::{ModelConfig, QkNorm};
 use crate::norm::Norm;
 use crate::params::AttentionPlaces;
-use crate::pass::{Pass, product_flops};
+use crate::pass::{BackwardStream, Pass, product_flops};
 
 /// One layer's attention: what its forward leaves for its backward. Rows are tokens.
 #[derive(Debug)]
@@ -88,16 +88,8 @@ impl Attention {
     }
 
     /// `y = x + attention(norm(x))`, both `[tokens, hidden]`.
-    pub fn forward(
-        &mut self,
-        pass: &mut Pass<'_>,
-        rotary: Option<&RotaryTable>,
-        places: &AttentionPlaces,
-        dense: &[f32],
-        x: &[f32],
-        y: &mut [f32],
-    ) -> Result<(), CommError> {
-        let config = pass.config;
+    pub fn forward(&mut self, pass: &mut Pass<'_>, dense: &[f32], x: &[f32], y: &mut [f32]) -> Result<(), CommError> {
+        let (config, places) = (pass.config, &pass.layout.layers[self.layer].attention);
         let (tokens, hidden, width) = (pass.tokens(), config.hidden, config.qkv_width());
         let projections = product_flops(tokens, width, hidden) + product_flops(tokens, hidden, config.query_width());
         let scores =
@@ -111,7 +103,7 @@ impl Attention {
             self.unclipped[..qkv.len()].copy_from_slice(qkv);
             kernels::clamp(pass.compute, qkv, limit);
         }
-        if let Some(table) = rotary {
+        if let Some(table) = pass.rotary {
             kernels::rotary_forward(pass.compute, table, &pass.batch.positions, rotated_heads(config), qkv);
         }
         let output = &mut self.output[..tokens * config.query_width()];
@@ -169,22 +161,16 @@ impl Attention {
         }
     }
 
-    /// Adds to `grad` `[tokens, hidden]`, the gradient of `y`, what makes it the gradient of `x`; finishes and hands
-    /// over the layer's attention gradients.
-    #[expect(clippy::too_many_arguments, reason = "the operands of one sub-layer's backward")]
+    /// Takes the stream's gradient back through the layer's attention; finishes and hands over its gradients.
     pub fn backward(
         &mut self,
         pass: &mut Pass<'_>,
         scratch: &mut AttentionScratch,
-        grad_normed: &mut [f32],
-        rotary: Option<&RotaryTable>,
-        places: &AttentionPlaces,
         dense: &[f32],
         gradients: &mut SharedBuffer,
-        x: &[f32],
-        grad: &mut [f32],
+        stream: &mut BackwardStream<'_>,
     ) -> Result<(), CommError> {
-        let config = pass.config;
+        let (config, places) = (pass.config, &pass.layout.layers[self.layer].attention);
         let (tokens, hidden, width) = (pass.tokens(), config.hidden, config.qkv_width());
         let query_width = config.query_width();
         let projections = product_flops(tokens, width, hidden) + product_flops(tokens, hidden, query_width);
@@ -199,7 +185,7 @@ impl Attention {
         let grad_output = &mut scratch.grad_output[..tokens * query_width];
         let grad_qkv = &mut scratch.grad_qkv[..tokens * width];
 
-        let grad_y = Mat::new(grad, tokens, hidden);
+        let grad_y = Mat::new(stream.grad, tokens, hidden);
         let weight = Mat::new(&dense[places.output.clone()], hidden, query_width);
         let weight_gradient = MatMut::new(gradients.range_mut(places.output.clone()), hidden, query_width);
         kernels::matmul(pass.compute, MatMut::new(grad_output, tokens, query_width), grad_y, weight, false);
@@ -207,7 +193,7 @@ impl Attention {
         kernels::matmul(pass.compute, weight_gradient, grad_y.t(), output_rows, pass.accumulate);
 
         kernels::attention_backward(pass.compute, &shape(pass), qkv, output, log_sum_exp, grad_output, grad_qkv);
-        if let Some(table) = rotary {
+        if let Some(table) = pass.rotary {
             kernels::rotary_backward(pass.compute, table, &pass.batch.positions, rotated_heads(config), grad_qkv);
         }
         if let Some(limit) = config.clip_qkv {
@@ -234,8 +220,8 @@ impl Attention {
         let weight = Mat::new(&dense[places.qkv.clone()], width, hidden);
         let weight_gradient = MatMut::new(gradients.range_mut(places.qkv.clone()), width, hidden);
         kernels::matmul(pass.compute, weight_gradient, grad_projected.t(), normed, pass.accumulate);
-        kernels::matmul(pass.compute, MatMut::new(grad_normed, tokens, hidden), grad_projected, weight, false);
-        self.norm.backward(pass, &places.norm, dense, gradients, x, grad_normed, grad);
+        kernels::matmul(pass.compute, MatMut::new(stream.grad_normed, tokens, hidden), grad_projected, weight, false);
+        self.norm.backward(pass, &places.norm, dense, gradients, stream);
         pass.reduce_dense(gradients, &places.slice)
     }
 }

@@ -20,11 +20,11 @@ pub struct Batch<'a> {
 /// What a pass must know of the step it belongs to; the same on all ranks, except `token_offset`.
 #[derive(Clone, Copy, Debug)]
 pub struct StepContext {
-    /// Whether gradients will be wanted: jitter applies, and the logits are replaced by their gradient.
+    /// Whether gradients will be wanted: jitter and capacity apply, and the logits are replaced by their gradient.
     pub training: bool,
     /// Targets of the whole step, over all ranks and micro-batches: the loss is their mean.
     pub global_tokens: u64,
-    /// Micro-batches of the step; router losses are averaged over them.
+    /// Micro-batches of the step, at least 1; router losses are averaged over them.
     pub micro_batches: usize,
     /// Seed of the run, for jitter.
     pub seed: u64,

@@ -126,7 +126,7 @@ pub enum AuxLoss {
     Gshard,
 }
 
-/// How routers train; nothing here changes inference, except the capacity.
+/// How routers train; nothing here changes inference.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RouterConfig {
     /// Load-balancing loss.
@@ -140,7 +140,7 @@ pub struct RouterConfig {
     /// Unlike Mixtral in transformers, the experts see the clean input.
     pub jitter: f32,
     /// Each expert keeps its first `ceil(capacity_factor * top_k * tokens / experts)` assignments, counted over all
-    /// ranks in (rank, token, slot) order; the others are dropped. `None`: dropless.
+    /// ranks in (rank, token, slot) order; the others are dropped. In training only. `None`: dropless.
     pub capacity_factor: Option<f32>,
 }
 

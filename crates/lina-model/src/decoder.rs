@@ -7,11 +7,11 @@ use lina_plan::ExpertLayout;
 use crate::attention::{Attention, AttentionScratch};
 use crate::batch::{Batch, ForwardOutput, LoadedBatch, StepContext, StepError};
 use crate::config::{ConfigError, ModelConfig, PositionKind};
-use crate::ffn::{DenseFfn, DenseFfnPlaces};
+use crate::ffn::DenseFfn;
 use crate::moe::{LayerRouting, Moe, MoeShared};
 use crate::norm::Norm;
-use crate::params::{FeedForwardMatrices, LayerPlaces, ParameterLayout, Parameters};
-use crate::pass::{Pass, product_flops};
+use crate::params::{ParameterLayout, Parameters};
+use crate::pass::{BackwardStream, Pass, product_flops};
 
 /// Sizes that buffers are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +61,7 @@ struct Layer {
 }
 
 enum FeedForward {
-    Moe(Moe),
+    Moe(Box<Moe>),
     Dense(DenseFfn),
 }
 
@@ -104,7 +104,7 @@ impl Model {
         let layers = (0..config.layers).map(|layer| Layer {
             attention: Attention::new(&config, layer, max_tokens),
             feed_forward: if config.is_moe(layer) {
-                FeedForward::Moe(Moe::new(&config, layer, max_tokens))
+                FeedForward::Moe(Box::new(Moe::new(&config, layer, max_tokens)))
             } else {
                 FeedForward::Dense(DenseFfn::new(&config, layer, max_tokens))
             },
@@ -168,6 +168,9 @@ impl Model {
     }
 
     /// How `layer` routed the last forward's tokens; `None` if it has no experts.
+    ///
+    /// # Panics
+    /// If there is no such layer.
     pub fn routing(&self, layer: usize) -> Option<LayerRouting<'_>> {
         match &self.layers[layer].feed_forward {
             FeedForward::Moe(moe) => Some(moe.routing(&self.moe.routes)),
@@ -194,7 +197,7 @@ impl Model {
         self.batch.load(batch, &self.config, self.limits.max_tokens, self.limits.max_sequence_tokens)?;
         self.step = step;
         let Model { config, layout, compute, parameters, batch, residual, layers, moe, rotary, .. } = self;
-        let mut pass = Pass { compute, config, batch, step, comm, accumulate: false };
+        let mut pass = Pass { compute, config, layout, rotary: rotary.as_ref(), batch, step, comm, accumulate: false };
         let elements = pass.tokens() * config.hidden;
         let dense = &parameters.dense;
 
@@ -207,18 +210,13 @@ impl Model {
             kernels::gather_backward(compute, table, config.hidden, &pass.batch.positions, embedded);
         }
 
-        for (number, (layer, places)) in layers.iter_mut().zip(&layout.layers).enumerate() {
+        for (number, layer) in layers.iter_mut().enumerate() {
             let [x, middle, y] = &mut residual[2 * number..2 * number + 3] else { unreachable!("three of a slice") };
             let (x, middle, y) = (&x[..elements], &mut middle[..elements], &mut y[..elements]);
-            layer.attention.forward(&mut pass, rotary.as_ref(), &places.attention, dense, x, middle)?;
+            layer.attention.forward(&mut pass, dense, x, middle)?;
             match &mut layer.feed_forward {
-                FeedForward::Moe(layer) => {
-                    layer.forward(&mut pass, moe, layout, &places.feed_forward, parameters, middle, y)?;
-                }
-                FeedForward::Dense(layer) => {
-                    let places = dense_places(places);
-                    layer.forward(&mut pass, &mut moe.ffn, &places, dense, middle, y)?;
-                }
+                FeedForward::Moe(layer) => layer.forward(&mut pass, moe, parameters, middle, y)?,
+                FeedForward::Dense(layer) => layer.forward(&mut pass, &mut moe.ffn, dense, middle, y)?,
             }
         }
         self.forward_head(comm)
@@ -227,7 +225,7 @@ impl Model {
     fn forward_head(&mut self, comm: &mut Comm) -> Result<ForwardOutput, StepError> {
         let Model { config, layout, compute, parameters, batch, residual, layers, step, .. } = self;
         let (tokens, hidden, vocab) = (batch.tokens(), config.hidden, config.vocab);
-        let mut pass = Pass { compute, config, batch, step: *step, comm, accumulate: false };
+        let mut pass = Pass { compute, config, layout, rotary: None, batch, step: *step, comm, accumulate: false };
         pass.work(WorkKind::Head, None, product_flops(tokens, vocab, hidden))?;
         let x = &residual[2 * config.layers][..tokens * hidden];
         self.final_norm.forward(&pass, &layout.final_norm, &parameters.dense, x);
@@ -271,9 +269,12 @@ impl Model {
         let Model { config, layout, compute, parameters, batch, residual, layers, moe, rotary, step, .. } = self;
         let (tokens, hidden, vocab) = (batch.tokens(), config.hidden, config.vocab);
         let elements = tokens * hidden;
-        let mut pass = Pass { compute, config, batch, step: *step, comm, accumulate };
-        let grad = &mut self.grad[..elements];
-        let grad_normed = &mut self.grad_normed[..elements];
+        let mut pass = Pass { compute, config, layout, rotary: rotary.as_ref(), batch, step: *step, comm, accumulate };
+        let mut stream = BackwardStream {
+            x: &residual[2 * config.layers][..elements],
+            grad: &mut self.grad[..elements],
+            grad_normed: &mut self.grad_normed[..elements],
+        };
 
         pass.work(WorkKind::Head, None, 2 * product_flops(tokens, vocab, hidden))?;
         let Parameters { dense, dense_gradients, .. } = parameters;
@@ -282,37 +283,22 @@ impl Model {
         let weight_gradient = MatMut::new(dense_gradients.range_mut(layout.lm_head.clone()), vocab, hidden);
         kernels::matmul(compute, weight_gradient, grad_logits.t(), normed, accumulate);
         let weight = Mat::new(&dense[layout.lm_head.clone()], vocab, hidden);
-        kernels::matmul(compute, MatMut::new(grad_normed, tokens, hidden), grad_logits, weight, false);
-        grad.fill(0.0);
-        let x = &residual[2 * config.layers][..elements];
-        self.final_norm.backward(&pass, &layout.final_norm, dense, dense_gradients, x, grad_normed, grad);
+        kernels::matmul(compute, MatMut::new(stream.grad_normed, tokens, hidden), grad_logits, weight, false);
+        stream.grad.fill(0.0);
+        self.final_norm.backward(&pass, &layout.final_norm, dense, dense_gradients, &mut stream);
         pass.reduce_dense(dense_gradients, &layout.head_slice)?;
 
-        for (number, (layer, places)) in layers.iter_mut().zip(&layout.layers).enumerate().rev() {
-            let (x, middle) = (&residual[2 * number][..elements], &residual[2 * number + 1][..elements]);
-            match &mut layer.feed_forward {
-                FeedForward::Moe(layer) => {
-                    let places = &places.feed_forward;
-                    layer.backward(&mut pass, moe, grad_normed, layout, places, parameters, middle, grad)?;
-                }
-                FeedForward::Dense(layer) => {
-                    let Parameters { dense, dense_gradients, .. } = &mut *parameters;
-                    let (places, scratch) = (dense_places(places), &mut moe.ffn);
-                    layer.backward(&mut pass, scratch, grad_normed, &places, dense, dense_gradients, middle, grad)?;
-                }
+        for (number, layer) in layers.iter_mut().enumerate().rev() {
+            stream.x = &residual[2 * number + 1][..elements];
+            if let FeedForward::Moe(layer) = &mut layer.feed_forward {
+                layer.backward(&mut pass, moe, parameters, &mut stream)?;
             }
             let Parameters { dense, dense_gradients, .. } = &mut *parameters;
-            layer.attention.backward(
-                &mut pass,
-                &mut self.attention,
-                grad_normed,
-                rotary.as_ref(),
-                &places.attention,
-                dense,
-                dense_gradients,
-                x,
-                grad,
-            )?;
+            if let FeedForward::Dense(layer) = &mut layer.feed_forward {
+                layer.backward(&mut pass, &mut moe.ffn, dense, dense_gradients, &mut stream)?;
+            }
+            stream.x = &residual[2 * number][..elements];
+            layer.attention.backward(&mut pass, &mut self.attention, dense, dense_gradients, &mut stream)?;
         }
 
         pass.work(WorkKind::Embedding, None, 0)?;
@@ -322,27 +308,17 @@ impl Model {
             if !accumulate {
                 table.fill(0.0);
             }
-            kernels::embedding_backward(compute, grad, &pass.batch.positions, table);
+            kernels::embedding_backward(compute, stream.grad, &pass.batch.positions, table);
         }
         if let Some(padding) = config.special_tokens.padding {
-            let rows = grad.chunks_exact_mut(hidden).zip(&pass.batch.input);
+            let rows = stream.grad.chunks_exact_mut(hidden).zip(&pass.batch.input);
             rows.filter(|(_, id)| **id == padding).for_each(|(row, _)| row.fill(0.0));
         }
         let table = gradients.range_mut(layout.embedding.clone());
         if !accumulate && !config.tied_embeddings {
             table.fill(0.0);
         }
-        kernels::embedding_backward(compute, grad, &pass.batch.input, table);
+        kernels::embedding_backward(compute, stream.grad, &pass.batch.input, table);
         pass.reduce_dense(gradients, &layout.embedding_slice)
-    }
-}
-
-fn dense_places(places: &LayerPlaces) -> DenseFfnPlaces<'_> {
-    let places = &places.feed_forward;
-    match &places.matrices {
-        FeedForwardMatrices::Dense { input, down } => {
-            DenseFfnPlaces { input, down, norm: &places.norm, slice: &places.slice }
-        }
-        FeedForwardMatrices::Moe { .. } => unreachable!("a dense layer has dense matrices"),
     }
 }

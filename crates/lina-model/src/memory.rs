@@ -65,7 +65,12 @@ fn fixed_elements(config: &ModelConfig, limits: ModelLimits) -> [usize; 3] {
         + dense_layers * DenseFfn::elements(config, tokens)
         + Norm::elements(config, tokens);
     let jitter = if config.router.jitter > 0.0 { stream } else { 0 };
-    let scratch =
-        2 * stream + AttentionScratch::elements(config, tokens) + tokens * (config.experts + config.top_k + 1) + jitter;
+    let rotary = match config.position {
+        PositionKind::Rotary { .. } => limits.max_sequence_tokens * config.head_dim,
+        PositionKind::Learned => 0,
+    };
+    // The gradient of the residual stream and of a norm's output, and per token the router's and the loss.
+    let router = tokens * (config.experts + config.top_k);
+    let scratch = 2 * stream + AttentionScratch::elements(config, tokens) + router + tokens + jitter + rotary;
     [activations, tokens * config.vocab, scratch]
 }

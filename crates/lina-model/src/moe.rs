@@ -1,8 +1,8 @@
 //! The MoE layer over ranks: gate, dispatch, experts, combine, and the way back.
 //!
 //! ```text
-//! forward    gate, counts | send 0  send 1 | wait 0  experts 0  return 0 | wait 1  experts 1  return 1 | sum 0  sum 1
-//! backward   send 0  send 1 | router | wait 0  experts 0  return 0 | wait 1  experts 1  return 1 | weights | sum 0  sum 1
+//! forward   gate counts | send 0 send 1 | wait 0 experts 0 return 0 | wait 1 experts 1 return 1 | sum 0 sum 1
+//! backward  send 0 send 1 gate | wait 0 experts 0 return 0 | wait 1 experts 1 return 1 | weights | sum 0 sum 1
 //! ```
 //!
 //! Tokens are cut into pipeline chunks by their place on the source rank; the number of chunks is the policy's, the
@@ -19,8 +19,6 @@
 mod backward;
 mod forward;
 
-use std::ops::Range;
-
 use lina_comm::{AllToAllKind, CommError, Direction, Leg, Ticket, WorkKind};
 use lina_plan::{ExpertLayout, GroupId};
 
@@ -30,7 +28,6 @@ use crate::experts::ExpertShape;
 use crate::ffn::FfnScratch;
 use crate::jitter;
 use crate::norm::Norm;
-use crate::params::{FeedForwardMatrices, FeedForwardPlaces};
 use crate::pass::Pass;
 use crate::routing::{ChunkPlan, Routes, RoutingPlan};
 
@@ -229,14 +226,6 @@ fn receive(
     }
     exchanges.put(exchange, None);
     Ok(())
-}
-
-/// Where the router's gate lies in the dense buffer.
-fn gate(places: &FeedForwardPlaces) -> Range<usize> {
-    match &places.matrices {
-        FeedForwardMatrices::Moe { gate } => gate.clone(),
-        FeedForwardMatrices::Dense { .. } => unreachable!("an MoE layer has a gate"),
-    }
 }
 
 /// What the gate multiplies: the normed input, in training with jitter, which is put into `buffer`.

@@ -5,7 +5,7 @@ use lina_kernels as kernels;
 
 use crate::config::{ModelConfig, NormKind};
 use crate::params::NormPlace;
-use crate::pass::Pass;
+use crate::pass::{BackwardStream, Pass};
 
 /// One norm's output and statistics.
 #[derive(Debug)]
@@ -51,17 +51,16 @@ impl Norm {
         }
     }
 
-    /// Adds the gradient of the input to `grad_x`, given that of the output.
+    /// Adds the gradient of the norm's input to the stream's, given that of its output.
     pub fn backward(
         &self,
         pass: &Pass<'_>,
         place: &NormPlace,
         dense: &[f32],
         gradients: &mut SharedBuffer,
-        x: &[f32],
-        grad_output: &[f32],
-        grad_x: &mut [f32],
+        stream: &mut BackwardStream<'_>,
     ) {
+        let BackwardStream { x, grad, grad_normed } = stream;
         let tokens = pass.tokens();
         let inverse = &self.inverse[..tokens];
         let weight = &dense[place.weight.clone()];
@@ -70,7 +69,7 @@ impl Norm {
             grads.fill(0.0);
         }
         if place.bias.is_none() {
-            kernels::rms_norm_backward(pass.compute, x, weight, inverse, grad_output, grad_x, grads);
+            kernels::rms_norm_backward(pass.compute, x, weight, inverse, grad_normed, grad, grads);
         } else {
             let (grad_weight, grad_bias) = grads.split_at_mut(weight.len());
             let mean = &self.mean[..tokens];
@@ -80,8 +79,8 @@ impl Norm {
                 weight,
                 mean,
                 inverse,
-                grad_output,
-                grad_x,
+                grad_normed,
+                grad,
                 grad_weight,
                 grad_bias,
             );

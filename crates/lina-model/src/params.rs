@@ -86,14 +86,32 @@ pub(crate) struct AttentionPlaces {
 /// Dense parameters of one layer's second half.
 #[derive(Clone, Debug)]
 pub(crate) struct FeedForwardPlaces {
-    pub matrices: FeedForwardMatrices,
+    matrices: FeedForwardMatrices,
     pub norm: NormPlace,
     /// All of the above.
     pub slice: Range<usize>,
 }
 
+impl FeedForwardPlaces {
+    /// An MoE layer's gate.
+    pub fn gate(&self) -> &Range<usize> {
+        match &self.matrices {
+            FeedForwardMatrices::Moe { gate } => gate,
+            FeedForwardMatrices::Dense { .. } => unreachable!("a layer with experts has a gate"),
+        }
+    }
+
+    /// A dense layer's input projection and down matrix.
+    pub fn dense_matrices(&self) -> (&Range<usize>, &Range<usize>) {
+        match &self.matrices {
+            FeedForwardMatrices::Dense { input, down } => (input, down),
+            FeedForwardMatrices::Moe { .. } => unreachable!("a layer without experts has dense matrices"),
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
-pub(crate) enum FeedForwardMatrices {
+enum FeedForwardMatrices {
     /// Router gate, `[experts, hidden]`.
     Moe { gate: Range<usize> },
     /// Input projection `[1 or 2 times dense_hidden, hidden]` and `down` `[hidden, dense_hidden]`.

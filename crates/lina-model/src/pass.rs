@@ -3,15 +3,19 @@
 use std::ops::Range;
 
 use lina_comm::{Comm, CommError, GradientRegion, GroupId, SharedBuffer, Work, WorkKind};
-use lina_kernels::Compute;
+use lina_kernels::{Compute, RotaryTable};
 
 use crate::batch::{LoadedBatch, StepContext};
 use crate::config::ModelConfig;
+use crate::params::ParameterLayout;
 
 /// A forward or backward pass under way on one rank.
 pub(crate) struct Pass<'a> {
     pub compute: &'a Compute,
     pub config: &'a ModelConfig,
+    pub layout: &'a ParameterLayout,
+    /// With rotary positions.
+    pub rotary: Option<&'a RotaryTable>,
     pub batch: &'a LoadedBatch,
     pub step: StepContext,
     pub comm: &'a mut Comm,
@@ -38,6 +42,16 @@ impl Pass<'_> {
             local: Some((gradients, slice.clone())),
         })
     }
+}
+
+/// The residual stream at one sub-layer, on the way back. All are `[tokens, hidden]`.
+pub(crate) struct BackwardStream<'a> {
+    /// What the sub-layer saw.
+    pub x: &'a [f32],
+    /// Gradient of the sub-layer's result, to which it adds what makes it the gradient of `x`.
+    pub grad: &'a mut [f32],
+    /// Scratch: gradient of the norm's output.
+    pub grad_normed: &'a mut [f32],
 }
 
 /// A multiply-add is two operations.

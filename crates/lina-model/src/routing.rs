@@ -440,6 +440,6 @@ mod tests {
         assert_eq!(plans[0].position, [0, 1, 0]);
         assert_eq!(plans[1].position, [DROPPED, DROPPED]);
         assert_eq!((plans[0].dropped, plans[1].dropped), (0, 2));
-        assert_eq!(plans[0].slot_rows, [0..2]);
+        assert_eq!((plans[0].rows(), plans[0].slot_rows.len()), (2, 1));
     }
 }

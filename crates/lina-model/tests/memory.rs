@@ -55,6 +55,7 @@ fn step(model: &mut Model, comm: &mut Comm, number: u64) {
     model.backward(comm, false).unwrap();
     comm.finish_gradients().unwrap();
     comm.agree(&mut [0.0]).unwrap();
+    comm.end_step();
 }
 
 fn random_model(config: &ModelConfig, layout: &ExpertLayout, rank: usize) -> Model {

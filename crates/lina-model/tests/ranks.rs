@@ -27,7 +27,13 @@ fn config(kind: ModelKind) -> ModelConfig {
 }
 
 /// One step's loss and every parameter's gradient, put together from the ranks that hold it.
-fn step(config: &ModelConfig, ranks: usize, per_rank: Option<usize>, policy: Policy, chunks: usize) -> (f64, Gradients) {
+fn step(
+    config: &ModelConfig,
+    ranks: usize,
+    per_rank: Option<usize>,
+    policy: Policy,
+    chunks: usize,
+) -> (f64, Gradients) {
     let experts = ExpertLayout::new(config.experts, ranks, per_rank).unwrap();
     let link = Link { gbps: 1.0, latency_us: 1.0, launch_us: 1.0, nodes: ranks, inner_gbps: 1.0 };
     let cluster = EmulatedCluster::new(EmulatedConfig {
@@ -111,7 +117,8 @@ fn any_number_of_ranks_has_the_same_gradients() {
     for kind in [ModelKind::Mixtral, ModelKind::Qwen3Moe, ModelKind::Olmoe, ModelKind::LinaMoe] {
         let config = config(kind);
         let (loss, reference) = step(&config, 1, None, Policy::Fair, 1);
-        for (ranks, per_rank) in [(2, None), (3, None), (4, None), (8, None), (4, Some(3)), (3, Some(5)), (7, Some(2))] {
+        for (ranks, per_rank) in [(2, None), (3, None), (4, None), (8, None), (4, Some(3)), (3, Some(5)), (7, Some(2))]
+        {
             let (other_loss, gradients) = step(&config, ranks, per_rank, Policy::Lina, 2);
             assert!((other_loss - loss).abs() < 1e-6, "{kind}, {ranks} ranks: loss {other_loss}, expected {loss}");
             assert_eq!(gradients.len(), reference.len());

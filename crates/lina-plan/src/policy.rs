@@ -136,10 +136,7 @@ impl PolicyRules {
             Policy::Lina => PolicyRules {
                 unit: AllReduceUnit::Partition(settings.partition_bytes),
                 gap: GapRule::FinishesBetweenPairs,
-                moe: MoeShape {
-                    chunks: settings.pipeline_chunks.max(1),
-                    weight_gradients: WeightGradients::AfterSend,
-                },
+                moe: MoeShape { chunks: settings.pipeline_chunks.max(1), weight_gradients: WeightGradients::AfterSend },
             },
         }
     }

@@ -172,7 +172,8 @@ impl Sequencer {
         {
             self.measurement.all_reduce_took(index, now - since);
         }
-        self.all_reduce_alone_since = (self.all_reduces_outstanding() && !self.all_to_alls_outstanding()).then_some(now);
+        self.all_reduce_alone_since =
+            (self.all_reduces_outstanding() && !self.all_to_alls_outstanding()).then_some(now);
         self.fill_gap(now);
     }
 

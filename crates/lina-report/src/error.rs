@@ -38,15 +38,8 @@ pub enum ReportError {
 
 impl ReportError {
     /// Adapts an I/O error to the file and the action that it came from.
-    pub(crate) fn file(
-        action: &'static str,
-        file: &Path,
-    ) -> impl FnOnce(std::io::Error) -> ReportError {
+    pub(crate) fn file(action: &'static str, file: &Path) -> impl FnOnce(std::io::Error) -> ReportError {
         let file = file.to_path_buf();
-        move |source| ReportError::File {
-            action,
-            file,
-            source,
-        }
+        move |source| ReportError::File { action, file, source }
     }
 }

@@ -22,11 +22,7 @@ impl AtomicFile {
         name.push(".partial");
         let temporary = place.with_file_name(name);
         let file = File::create(&temporary).map_err(ReportError::file("create", place))?;
-        Ok(Self {
-            place: place.to_path_buf(),
-            temporary,
-            writer: Some(BufWriter::new(file)),
-        })
+        Ok(Self { place: place.to_path_buf(), temporary, writer: Some(BufWriter::new(file)) })
     }
 
     /// Writes with `write`, naming the final file in an error.
@@ -46,8 +42,7 @@ impl AtomicFile {
             writer.flush()?;
             writer.get_ref().sync_all()
         })?;
-        std::fs::rename(&self.temporary, &self.place)
-            .map_err(ReportError::file("write", &self.place))?;
+        std::fs::rename(&self.temporary, &self.place).map_err(ReportError::file("write", &self.place))?;
         self.writer = None;
         Ok(())
     }
@@ -82,14 +77,7 @@ mod tests {
 
     #[test]
     fn a_missing_folder_is_named() {
-        let error = AtomicFile::create(Path::new("no-such-folder/a.txt"))
-            .err()
-            .unwrap();
-        assert!(
-            error
-                .to_string()
-                .starts_with("cannot create `no-such-folder/a.txt`"),
-            "{error}"
-        );
+        let error = AtomicFile::create(Path::new("no-such-folder/a.txt")).err().unwrap();
+        assert!(error.to_string().starts_with("cannot create `no-such-folder/a.txt`"), "{error}");
     }
 }

@@ -15,9 +15,7 @@ mod table;
 mod trace;
 
 pub use error::ReportError;
-pub use html::{
-    ExpertLoad, LayerLoad, LossCurve, PolicyComparison, Report, RunFacts, StepTime, Timeline,
-};
+pub use html::{ExpertLoad, LayerLoad, LossCurve, PolicyComparison, Report, RunFacts, StepTime, Timeline};
 pub use metrics::MetricsWriter;
 pub use policy::{PolicyRow, policy_table};
 pub use progress::{Progress, StepProgress};

@@ -27,11 +27,7 @@ impl MetricsWriter {
     pub fn create(place: impl AsRef<Path>) -> Result<Self, ReportError> {
         let place = place.as_ref().to_path_buf();
         let file = File::create(&place).map_err(ReportError::file("create", &place))?;
-        Ok(Self {
-            place,
-            file,
-            line: Vec::new(),
-        })
+        Ok(Self { place, file, line: Vec::new() })
     }
 
     /// Continues a file with `step` as the next step: the first line whose `step` is at least that, and all after it,
@@ -54,26 +50,15 @@ impl MetricsWriter {
             let row: Option<serde_json::Value> = serde_json::from_slice(line).ok();
             let found = row
                 .and_then(|row| row.get("step")?.as_u64())
-                .ok_or_else(|| ReportError::NotMetrics {
-                    file: place.to_path_buf(),
-                    line: index + 1,
-                })?;
+                .ok_or_else(|| ReportError::NotMetrics { file: place.to_path_buf(), line: index + 1 })?;
             if found >= step {
                 break;
             }
             kept_bytes += line.len();
         }
-        let file = OpenOptions::new()
-            .append(true)
-            .open(place)
-            .map_err(ReportError::file("open", place))?;
-        file.set_len(kept_bytes as u64)
-            .map_err(ReportError::file("truncate", place))?;
-        Ok(Self {
-            place: place.to_path_buf(),
-            file,
-            line: Vec::new(),
-        })
+        let file = OpenOptions::new().append(true).open(place).map_err(ReportError::file("open", place))?;
+        file.set_len(kept_bytes as u64).map_err(ReportError::file("truncate", place))?;
+        Ok(Self { place: place.to_path_buf(), file, line: Vec::new() })
     }
 
     /// Appends a step's row, which must serialize to an object with a whole number `step`.
@@ -82,14 +67,10 @@ impl MetricsWriter {
     /// [`ReportError::Row`] if it does not serialize, [`ReportError::File`] if it cannot be written.
     pub fn append(&mut self, row: &impl Serialize) -> Result<(), ReportError> {
         self.line.clear();
-        serde_json::to_writer(&mut self.line, row).map_err(|source| ReportError::Row {
-            file: self.place.clone(),
-            source,
-        })?;
+        serde_json::to_writer(&mut self.line, row)
+            .map_err(|source| ReportError::Row { file: self.place.clone(), source })?;
         self.line.push(b'\n');
-        self.file
-            .write_all(&self.line)
-            .map_err(ReportError::file("write", &self.place))
+        self.file.write_all(&self.line).map_err(ReportError::file("write", &self.place))
     }
 }
 
@@ -105,11 +86,7 @@ mod tests {
 
     fn steps(file: &Path) -> Vec<u64> {
         let text = std::fs::read_to_string(file).unwrap();
-        let step = |line: &str| {
-            serde_json::from_str::<serde_json::Value>(line).unwrap()["step"]
-                .as_u64()
-                .unwrap()
-        };
+        let step = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["step"].as_u64().unwrap();
         text.lines().map(step).collect()
     }
 
@@ -121,19 +98,10 @@ mod tests {
         for step in 0..5 {
             metrics.append(&Row { step, loss: 1.5 }).unwrap();
         }
-        assert!(
-            std::fs::read_to_string(&file)
-                .unwrap()
-                .starts_with("{\"step\":0,\"loss\":1.5}\n")
-        );
+        assert!(std::fs::read_to_string(&file).unwrap().starts_with("{\"step\":0,\"loss\":1.5}\n"));
 
         let mut resumed = MetricsWriter::resume(&file, 3).unwrap();
-        resumed
-            .append(&Row {
-                step: 3,
-                loss: f32::NAN,
-            })
-            .unwrap();
+        resumed.append(&Row { step: 3, loss: f32::NAN }).unwrap();
         assert_eq!(steps(&file), [0, 1, 2, 3]);
         assert!(MetricsWriter::resume(&file, 100).is_ok());
         assert_eq!(steps(&file), [0, 1, 2, 3]);
@@ -144,18 +112,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("metrics.jsonl");
         std::fs::write(&file, "{\"step\": 0}\n{\"step\": 1, \"lo").unwrap();
-        MetricsWriter::resume(&file, 9)
-            .unwrap()
-            .append(&Row { step: 1, loss: 2.0 })
-            .unwrap();
+        MetricsWriter::resume(&file, 9).unwrap().append(&Row { step: 1, loss: 2.0 }).unwrap();
         assert_eq!(steps(&file), [0, 1]);
 
         std::fs::write(&file, "{\"step\": 0}\nhello\n").unwrap();
         let message = MetricsWriter::resume(&file, 9).unwrap_err().to_string();
-        assert!(
-            message.contains("metrics.jsonl` line 2 is not a JSON object"),
-            "{message}"
-        );
+        assert!(message.contains("metrics.jsonl` line 2 is not a JSON object"), "{message}");
         assert!(MetricsWriter::resume(folder.path().join("new.jsonl"), 4).is_ok());
     }
 }

@@ -72,11 +72,7 @@ pub fn policy_table(rows: &[PolicyRow], emulated: bool, link_bound_ms: Option<f6
             times(row.ratio_to_bound),
         ]);
     }
-    format!(
-        "{}\n{}",
-        clock_sentence(emulated, link_bound_ms),
-        table.render()
-    )
+    format!("{}\n{}", clock_sentence(emulated, link_bound_ms), table.render())
 }
 
 /// What the times of a comparison are, and what no policy can beat.
@@ -88,10 +84,7 @@ pub(crate) fn clock_sentence(emulated: bool, link_bound_ms: Option<f64>) -> Stri
     };
     match link_bound_ms {
         Some(bound) => {
-            format!(
-                "{clock} The busiest link alone needs {} ms a step.",
-                significant(bound)
-            )
+            format!("{clock} The busiest link alone needs {} ms a step.", significant(bound))
         }
         None => clock.into(),
     }
@@ -146,12 +139,7 @@ lina       18.5     20.4      1.57x      31.4 %      5.0 %     10.0      4.50   
     #[test]
     fn json_has_the_promised_names() {
         let json = serde_json::to_value(row("fair", 29.0)).unwrap();
-        let names: Vec<_> = json
-            .as_object()
-            .unwrap()
-            .keys()
-            .map(String::as_str)
-            .collect();
+        let names: Vec<_> = json.as_object().unwrap().keys().map(String::as_str).collect();
         assert_eq!(
             names,
             [

@@ -46,8 +46,7 @@ impl Progress {
     /// terminal, else a line for the first step, the last one, and every 10 seconds between.
     pub fn new(first_step: u64, total_steps: u64) -> Self {
         let output = if std::io::stderr().is_terminal() {
-            let bar =
-                ProgressBar::with_draw_target(Some(total_steps), ProgressDrawTarget::stderr());
+            let bar = ProgressBar::with_draw_target(Some(total_steps), ProgressDrawTarget::stderr());
             if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}") {
                 bar.set_style(style.progress_chars("━━─"));
             }
@@ -56,22 +55,12 @@ impl Progress {
         } else {
             Output::Plain { last_line: None }
         };
-        Self {
-            output,
-            first_step,
-            total_steps,
-            started: Instant::now(),
-        }
+        Self { output, first_step, total_steps, started: Instant::now() }
     }
 
     /// Shows nothing: for ranks other than the first, and for tests.
     pub fn silent() -> Self {
-        Self {
-            output: Output::Silent,
-            first_step: 0,
-            total_steps: 0,
-            started: Instant::now(),
-        }
+        Self { output: Output::Silent, first_step: 0, total_steps: 0, started: Instant::now() }
     }
 
     /// Reports a finished step.
@@ -87,10 +76,7 @@ impl Progress {
                 if due || step.steps_done >= self.total_steps {
                     *last_line = Some(Instant::now());
                     let (done, total) = (step.steps_done, self.total_steps);
-                    say(&format!(
-                        "step {done}/{total}  {}",
-                        describe(step, remaining)
-                    ));
+                    say(&format!("step {done}/{total}  {}", describe(step, remaining)));
                 }
             }
             Output::Silent => {}
@@ -115,9 +101,7 @@ impl Progress {
 
     /// Wall-clock time until the last step, at the mean rate of this run's steps.
     fn remaining(&self, steps_done: u64, elapsed: Duration) -> Option<f64> {
-        let done = steps_done
-            .checked_sub(self.first_step)
-            .filter(|&done| done > 0)?;
+        let done = steps_done.checked_sub(self.first_step).filter(|&done| done > 0)?;
         let left = self.total_steps.saturating_sub(steps_done);
         Some(elapsed.as_secs_f64() / done as f64 * left as f64)
     }
@@ -149,36 +133,20 @@ mod tests {
 
     #[test]
     fn a_line_says_what_matters() {
-        let step = StepProgress {
-            steps_done: 3,
-            loss: 4.56789,
-            tokens_per_s: 12_345.6,
-            a2a_ms: 3.456,
-            emulated: true,
-        };
+        let step = StepProgress { steps_done: 3, loss: 4.56789, tokens_per_s: 12_345.6, a2a_ms: 3.456, emulated: true };
         assert_eq!(
             describe(&step, Some(185.0)),
             "loss 4.5679  12,346 tokens/s  all-to-all 3.46 ms (emulated)  left 3 min 05 s"
         );
         assert_eq!(
-            describe(
-                &StepProgress {
-                    emulated: false,
-                    ..step
-                },
-                None
-            ),
+            describe(&StepProgress { emulated: false, ..step }, None),
             "loss 4.5679  12,346 tokens/s  all-to-all 3.46 ms"
         );
     }
 
     #[test]
     fn the_time_left_counts_this_runs_steps_only() {
-        let progress = Progress {
-            first_step: 10,
-            total_steps: 20,
-            ..Progress::silent()
-        };
+        let progress = Progress { first_step: 10, total_steps: 20, ..Progress::silent() };
         assert_eq!(progress.remaining(12, Duration::from_secs(4)), Some(16.0));
         assert_eq!(progress.remaining(10, Duration::from_secs(4)), None);
         assert_eq!(progress.remaining(20, Duration::from_secs(4)), Some(0.0));

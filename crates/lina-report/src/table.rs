@@ -34,14 +34,8 @@ pub struct Table {
 impl Table {
     /// An empty table with these column heads; a head may have several lines.
     pub fn new<S: Into<String>>(columns: impl IntoIterator<Item = (S, Align)>) -> Self {
-        let columns = columns
-            .into_iter()
-            .map(|(head, align)| (head.into(), align))
-            .collect();
-        Self {
-            columns,
-            rows: Vec::new(),
-        }
+        let columns = columns.into_iter().map(|(head, align)| (head.into(), align)).collect();
+        Self { columns, rows: Vec::new() }
     }
 
     /// Adds a row. Missing cells stay empty, and cells beyond the last column are left out.
@@ -53,27 +47,17 @@ impl Table {
 
     /// The table as lines of text, the last one ended too, without spaces at the ends of lines.
     pub fn render(&self) -> String {
-        let heads: Vec<Vec<&str>> = self
-            .columns
-            .iter()
-            .map(|(head, _)| head.lines().collect())
-            .collect();
+        let heads: Vec<Vec<&str>> = self.columns.iter().map(|(head, _)| head.lines().collect()).collect();
         let head_lines = heads.iter().map(Vec::len).max().unwrap_or(0);
         let widths: Vec<usize> = (0..self.columns.len())
             .map(|column| {
                 let cells = self.rows.iter().map(|row| row[column].as_str());
-                cells
-                    .chain(heads[column].iter().copied())
-                    .map(width)
-                    .max()
-                    .unwrap_or(0)
+                cells.chain(heads[column].iter().copied()).map(width).max().unwrap_or(0)
             })
             .collect();
         let mut text = String::new();
         for line in 0..head_lines {
-            let cells = heads
-                .iter()
-                .map(|head| head.get(line).copied().unwrap_or_default());
+            let cells = heads.iter().map(|head| head.get(line).copied().unwrap_or_default());
             self.line(&mut text, &widths, cells);
         }
         let total = widths.iter().sum::<usize>() + 2 * widths.len().saturating_sub(1);

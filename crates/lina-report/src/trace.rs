@@ -91,11 +91,7 @@ impl TraceWriter {
     /// [`ReportError::File`].
     pub fn create(place: impl AsRef<Path>, facts: &TraceFacts) -> Result<Self, ReportError> {
         let mut file = AtomicFile::create(place.as_ref())?;
-        let clock = if facts.emulated {
-            "virtual time of an emulated cluster"
-        } else {
-            "wall-clock time"
-        };
+        let clock = if facts.emulated { "virtual time of an emulated cluster" } else { "wall-clock time" };
         let metadata = serde_json::json!({
             "title": facts.title, "time": clock, "emulated": facts.emulated, "writer": "lina",
         });
@@ -107,11 +103,7 @@ impl TraceWriter {
                  {{\"name\":\"trace_start\",\"ph\":\"M\",\"pid\":0,\"tid\":0,\"args\":{{}}}}"
             )
         })?;
-        Ok(Self {
-            file,
-            emulated: facts.emulated,
-            rows: BTreeMap::new(),
-        })
+        Ok(Self { file, emulated: facts.emulated, rows: BTreeMap::new() })
     }
 
     /// Adds spans, of any ranks and lanes and in any order; those of a later call should not begin before those of an
@@ -120,19 +112,10 @@ impl TraceWriter {
     /// # Errors
     /// [`ReportError::File`].
     pub fn write(&mut self, spans: &[TraceSpan]) -> Result<(), ReportError> {
-        let Self {
-            file,
-            emulated,
-            rows,
-        } = self;
+        let Self { file, emulated, rows } = self;
         for span in in_lane_order(spans) {
-            let first_of_rank = rows
-                .range((span.rank, Lane::Compute)..=(span.rank, Lane::AllReduce))
-                .next()
-                .is_none();
-            let packer = rows
-                .entry((span.rank, span.lane))
-                .or_insert_with(|| RowPacker::new(span.lane.nests()));
+            let first_of_rank = rows.range((span.rank, Lane::Compute)..=(span.rank, Lane::AllReduce)).next().is_none();
+            let packer = rows.entry((span.rank, span.lane)).or_insert_with(|| RowPacker::new(span.lane.nests()));
             let known_rows = packer.rows();
             let row = packer.place(span.start_ns, span.end_ns);
             file.write(|out| {
@@ -181,10 +164,7 @@ struct Row {
 
 impl RowPacker {
     pub(crate) fn new(nesting: bool) -> Self {
-        Self {
-            nesting,
-            rows: Vec::new(),
-        }
+        Self { nesting, rows: Vec::new() }
     }
 
     /// Number of rows used so far.
@@ -195,10 +175,7 @@ impl RowPacker {
     /// The first row with room for a span, a new one if need be. Spans come in order of their start.
     pub(crate) fn place(&mut self, start: u64, end: u64) -> usize {
         let nesting = self.nesting;
-        let free = self
-            .rows
-            .iter_mut()
-            .position(|row| row.has_room(start, end, nesting));
+        let free = self.rows.iter_mut().position(|row| row.has_room(start, end, nesting));
         let index = free.unwrap_or_else(|| {
             self.rows.push(Row::default());
             self.rows.len() - 1
@@ -243,35 +220,19 @@ fn write_process(out: &mut impl Write, rank: u32, emulated: bool) -> io::Result<
         ("process_labels", format!("\"labels\":\"{labels}\"")),
         ("process_sort_index", format!("\"sort_index\":{rank}")),
     ] {
-        write!(
-            out,
-            ",\n{{\"name\":\"{name}\",\"ph\":\"M\",\"pid\":{pid},\"args\":{{{args}}}}}"
-        )?;
+        write!(out, ",\n{{\"name\":\"{name}\",\"ph\":\"M\",\"pid\":{pid},\"args\":{{{args}}}}}")?;
     }
     Ok(())
 }
 
 fn write_thread(out: &mut impl Write, rank: u32, lane: Lane, row: usize) -> io::Result<()> {
     let (pid, tid) = (process_id(rank), thread_id(rank, lane, row));
-    let suffix = if row == 0 {
-        String::new()
-    } else {
-        format!(" {}", row + 1)
-    };
+    let suffix = if row == 0 { String::new() } else { format!(" {}", row + 1) };
     for (name, args) in [
-        (
-            "thread_name",
-            format!("\"name\":\"{}{suffix}\"", lane.name()),
-        ),
-        (
-            "thread_sort_index",
-            format!("\"sort_index\":{}", sort_index(lane, row)),
-        ),
+        ("thread_name", format!("\"name\":\"{}{suffix}\"", lane.name())),
+        ("thread_sort_index", format!("\"sort_index\":{}", sort_index(lane, row))),
     ] {
-        write!(
-            out,
-            ",\n{{\"name\":\"{name}\",\"ph\":\"M\",\"pid\":{pid},\"tid\":{tid},\"args\":{{{args}}}}}"
-        )?;
+        write!(out, ",\n{{\"name\":\"{name}\",\"ph\":\"M\",\"pid\":{pid},\"tid\":{tid},\"args\":{{{args}}}}}")?;
     }
     Ok(())
 }
@@ -313,25 +274,13 @@ mod tests {
     use serde_json::Value;
 
     fn span(rank: u32, lane: Lane, name: &'static str, start_ns: u64, end_ns: u64) -> TraceSpan {
-        TraceSpan {
-            rank,
-            lane,
-            name: name.into(),
-            step: 4,
-            layer: Some(2),
-            start_ns,
-            end_ns,
-            bytes: 64,
-        }
+        TraceSpan { rank, lane, name: name.into(), step: 4, layer: Some(2), start_ns, end_ns, bytes: 64 }
     }
 
     fn write(batches: &[Vec<TraceSpan>], emulated: bool) -> Value {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("trace.json");
-        let facts = TraceFacts {
-            title: "a \"run\"".into(),
-            emulated,
-        };
+        let facts = TraceFacts { title: "a \"run\"".into(), emulated };
         let mut trace = TraceWriter::create(&file, &facts).unwrap();
         for batch in batches {
             trace.write(batch).unwrap();
@@ -344,31 +293,14 @@ mod tests {
     /// Complete events as (thread, start, end) in nanoseconds.
     fn events(trace: &Value) -> Vec<(u64, u64, u64)> {
         let ns = |value: &Value| (value.as_f64().unwrap() * 1000.0).round() as u64;
-        let complete = trace["traceEvents"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .filter(|e| e["ph"] == "X");
-        complete
-            .map(|e| {
-                (
-                    e["tid"].as_u64().unwrap(),
-                    ns(&e["ts"]),
-                    ns(&e["ts"]) + ns(&e["dur"]),
-                )
-            })
-            .collect()
+        let complete = trace["traceEvents"].as_array().unwrap().iter().filter(|e| e["ph"] == "X");
+        complete.map(|e| (e["tid"].as_u64().unwrap(), ns(&e["ts"]), ns(&e["ts"]) + ns(&e["dur"]))).collect()
     }
 
     fn metadata<'a>(trace: &'a Value, name: &str) -> Vec<(&'a Value, &'a Value)> {
         let all = trace["traceEvents"].as_array().unwrap().iter();
         all.filter(|e| e["name"] == name)
-            .map(|e| {
-                (
-                    &e["pid"],
-                    e["args"].as_object().unwrap().values().next().unwrap(),
-                )
-            })
+            .map(|e| (&e["pid"], e["args"].as_object().unwrap().values().next().unwrap()))
             .collect()
     }
 
@@ -381,38 +313,23 @@ mod tests {
             ]],
             true,
         );
-        assert_eq!(
-            trace["otherData"]["time"],
-            "virtual time of an emulated cluster"
-        );
+        assert_eq!(trace["otherData"]["time"], "virtual time of an emulated cluster");
         assert_eq!(trace["otherData"]["title"], "a \"run\"");
         assert_eq!(
             metadata(&trace, "process_name"),
-            [
-                (&Value::from(1), &Value::from("rank 0")),
-                (&Value::from(2), &Value::from("rank 1"))
-            ]
+            [(&Value::from(1), &Value::from("rank 0")), (&Value::from(2), &Value::from("rank 1"))]
         );
         assert_eq!(
             metadata(&trace, "thread_name"),
-            [
-                (&Value::from(1), &Value::from("compute")),
-                (&Value::from(2), &Value::from("all-to-all"))
-            ]
+            [(&Value::from(1), &Value::from("compute")), (&Value::from(2), &Value::from("all-to-all"))]
         );
         assert_eq!(metadata(&trace, "thread_sort_index").len(), 2);
         assert_eq!(metadata(&trace, "process_sort_index").len(), 2);
         let dispatch = trace["traceEvents"].as_array().unwrap().last().unwrap();
         assert_eq!(dispatch["name"], "dispatch \"1\"");
         assert_eq!(dispatch["cat"], "all-to-all");
-        assert_eq!(
-            (dispatch["ts"].as_f64(), dispatch["dur"].as_f64()),
-            (Some(1.5), Some(1.25))
-        );
-        assert_eq!(
-            dispatch["args"],
-            serde_json::json!({"step": 4, "layer": 2, "bytes": 64})
-        );
+        assert_eq!((dispatch["ts"].as_f64(), dispatch["dur"].as_f64()), (Some(1.5), Some(1.25)));
+        assert_eq!(dispatch["args"], serde_json::json!({"step": 4, "layer": 2, "bytes": 64}));
     }
 
     #[test]
@@ -427,9 +344,7 @@ mod tests {
         // A small generator is enough to make every kind of overlap.
         let mut state = 7u64;
         let mut next = |below: u64| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (state >> 33) % below
         };
         let batches: Vec<Vec<TraceSpan>> = (0..4)
@@ -437,13 +352,7 @@ mod tests {
                 (0..200)
                     .map(|_| {
                         let start = batch * 1000 + next(1000);
-                        span(
-                            next(2) as u32,
-                            Lane::ALL[next(3) as usize],
-                            "x",
-                            start,
-                            start + next(90),
-                        )
+                        span(next(2) as u32, Lane::ALL[next(3) as usize], "x", start, start + next(90))
                     })
                     .collect()
             })
@@ -455,10 +364,7 @@ mod tests {
                 let apart = end <= from || to <= start;
                 let compute = thread / 1000 % 10 == 0;
                 let nested = (start <= from && to <= end) || (from <= start && end <= to);
-                assert!(
-                    thread != other || apart || (compute && nested),
-                    "{start}..{end} {from}..{to}"
-                );
+                assert!(thread != other || apart || (compute && nested), "{start}..{end} {from}..{to}");
             }
         }
     }
@@ -466,14 +372,8 @@ mod tests {
     #[test]
     fn a_lane_has_one_thread_unless_spans_overlap() {
         let mut packer = RowPacker::new(false);
-        assert_eq!(
-            [(0, 10), (10, 20), (15, 18), (18, 30), (20, 25)].map(|(s, e)| packer.place(s, e)),
-            [0, 0, 1, 1, 0]
-        );
+        assert_eq!([(0, 10), (10, 20), (15, 18), (18, 30), (20, 25)].map(|(s, e)| packer.place(s, e)), [0, 0, 1, 1, 0]);
         let mut nesting = RowPacker::new(true);
-        assert_eq!(
-            [(0, 10), (2, 8), (7, 9), (8, 10)].map(|(s, e)| nesting.place(s, e)),
-            [0, 0, 1, 0]
-        );
+        assert_eq!([(0, 10), (2, 8), (7, 9), (8, 10)].map(|(s, e)| nesting.place(s, e)), [0, 0, 1, 0]);
     }
 }

@@ -107,12 +107,7 @@ impl BenchPlan {
     }
 
     /// The table's rows from every rank's samples and the steps' bounds.
-    pub(crate) fn summarise(
-        &self,
-        config: &RunConfig,
-        ranks: &[Vec<Sample>],
-        bounds: &[StepBound],
-    ) -> BenchSummary {
+    pub(crate) fn summarise(&self, config: &RunConfig, ranks: &[Vec<Sample>], bounds: &[StepBound]) -> BenchSummary {
         let emulated = config.is_emulated();
         let ms = |nanos: f64| nanos / 1e6;
         let mean = |of: &dyn Fn(&StepStats) -> u64, i: usize| {
@@ -151,7 +146,7 @@ impl BenchPlan {
                 a2a_backward_ms_median: ms(backward),
                 a2a_backward_alone_ms: emulated.then(|| ms(alone)),
                 a2a_slowdown: (emulated && alone > 0.0).then(|| backward / alone),
-                allreduce_share: share(&|s| s.all_reduce),
+                allreduce_share: share(&|s| if s.all_reduce_alone > 0 { s.all_reduce_alone } else { s.all_reduce }),
                 blocked_ms_median: ms(median(&over(&|i| mean(&|s| s.all_to_all_blocked + s.all_reduce_blocked, i)))),
                 bound_ms,
                 ratio_to_bound: bound_ms.map(|bound| step_ms_median / bound.max(link_bound_ms.unwrap_or(0.0))),
@@ -180,14 +175,19 @@ impl BenchPlan {
 /// Bad configuration or data, or a lost rank.
 pub fn bench_train(options: BenchOptions) -> Result<BenchSummary, TrainError> {
     let BenchOptions { config, policies, rounds, quiet } = options;
-    let plan = BenchPlan { policies, rounds, ..BenchPlan::new(&config.bench_or_default()) };
+    let bench = config.bench_or_default();
+    let settle_steps = bench.settle_steps;
+    let plan = BenchPlan { policies, rounds, ..BenchPlan::new(&bench) };
     let loaded = load_data(&config)?;
     let experts = config.expert_layout().map_err(TrainError::input)?;
     crate::memory::MemoryPlan::new(&config, &experts, loaded.bytes).check(config.cluster.memory_limit_bytes())?;
     let job = |comm: &mut Comm| {
         let mut worker = prepared_worker(&config, &loaded.data, &experts, comm.rank())?;
         let rank = comm.rank();
-        plan.run(&mut worker, comm, &config, 0, |turn, turns| {
+        for step in 0..settle_steps {
+            worker.step(comm, step, false)?;
+        }
+        plan.run(&mut worker, comm, &config, settle_steps, |turn, turns| {
             if rank == 0 && !quiet {
                 eprintln!("bench: turn {turn} of {turns}");
             }

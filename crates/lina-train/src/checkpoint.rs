@@ -213,13 +213,8 @@ fn fetch_expert(
     let only = |peer: usize, here: bool| -> Vec<usize> {
         (0..ranks).map(|rank| if here && rank == peer { elements } else { 0 }).collect()
     };
-    let kind = AllToAllKind {
-        direction: Direction::Forward,
-        leg: Leg::Parameters,
-        layer: layer as u32,
-        chunk: 0,
-        chunks: 1,
-    };
+    let kind =
+        AllToAllKind { direction: Direction::Forward, leg: Leg::Parameters, layer: layer as u32, chunk: 0, chunks: 1 };
     let exchange = Exchange {
         kind,
         send: if rank == holder { mine.to_vec() } else { Vec::new() },

@@ -79,9 +79,8 @@ impl RunConfig {
         for change in overrides {
             document.apply(change);
         }
-        let sections: Sections = reader::read(document.table.clone()).map_err(|error| {
-            ConfigError::invalid(document.place(error.origin.as_ref()), error.to_string())
-        })?;
+        let sections: Sections = reader::read(document.table.clone())
+            .map_err(|error| ConfigError::invalid(document.place(error.origin.as_ref()), error.to_string()))?;
         let Sections { model: model_section, data, train, cluster, policy, bench } = sections;
         let DataSection { files, eval_files, eval_fraction, text_key, tokenizer } = data;
         let config = RunConfig {
@@ -96,9 +95,7 @@ impl RunConfig {
         };
         match check::check(&config) {
             Ok(()) => Ok(config),
-            Err(problem) => {
-                Err(ConfigError::invalid(document.place(document.origin(problem.key)), problem.message))
-            }
+            Err(problem) => Err(ConfigError::invalid(document.place(document.origin(problem.key)), problem.message)),
         }
     }
 

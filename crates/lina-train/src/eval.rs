@@ -71,8 +71,7 @@ pub fn eval(options: EvalOptions) -> Result<EvalSummary, TrainError> {
 
     let job = |comm: &mut Comm| -> Result<[f64; 2], TrainError> {
         let (rank, ranks) = (comm.rank(), comm.ranks());
-        let limits =
-            ModelLimits { max_tokens: per_rank * window, max_sequence_tokens: window, max_expert_rows: None };
+        let limits = ModelLimits { max_tokens: per_rank * window, max_sequence_tokens: window, max_expert_rows: None };
         let compute = Compute::new(cluster.threads_of(ranks));
         let mut model =
             Model::new(config.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;

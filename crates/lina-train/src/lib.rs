@@ -7,10 +7,12 @@
 //! | how do ranks start, and what if one fails? | `job` |
 //! | what is left of a run? | `checkpoint`, `observer`, `outputs` |
 //! | how do policies compare? | [`bench_train`] (`bench`) |
+//! | how does a step compare with its matrix products? | [`bench_compute`] (`compute`) |
 //! | does it fit? | [`MemoryPlan`] (`memory`) |
 
 mod bench;
 mod checkpoint;
+mod compute;
 mod config;
 mod data;
 mod error;
@@ -25,6 +27,7 @@ mod train;
 mod worker;
 
 pub use bench::{BenchOptions, BenchSummary, bench_train};
+pub use compute::{ComputeSummary, bench_compute};
 pub use config::{
     BenchConfig, ClusterConfig, ConfigError, DeviceConfig, Engine, LinkConfig, Override, PolicyConfig, RunConfig,
     TrainConfig,

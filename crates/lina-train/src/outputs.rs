@@ -26,7 +26,7 @@ pub(crate) fn write_outputs(
     let emulated = config.is_emulated();
     let spans: Vec<TraceSpan> = spans.iter().map(trace_span).collect();
     let title = format!("{} on {} ranks, policy {}", config.model.kind, experts.ranks(), config.policy.name);
-    let mut trace = TraceWriter::create(&out.join("trace.json"), &TraceFacts { title, emulated })?;
+    let mut trace = TraceWriter::create(out.join("trace.json"), &TraceFacts { title, emulated })?;
     trace.write(&spans)?;
     trace.finish()?;
 
@@ -73,7 +73,7 @@ pub(crate) fn write_outputs(
             link_bound_ms: bench.link_bound_ms,
         }),
     };
-    report.write(&out.join("report.html"))?;
+    report.write(out.join("report.html"))?;
     Ok(())
 }
 

@@ -141,7 +141,8 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
 
 /// Makes the run directory, with the resolved configuration and the metrics file.
 fn prepare_out(out: &Path, config: &RunConfig, first_step: u64) -> Result<MetricsWriter, TrainError> {
-    let error = |path: &Path, e: std::io::Error| TrainError::Input(format!("{}: cannot be written: {e}", path.display()));
+    let error =
+        |path: &Path, e: std::io::Error| TrainError::Input(format!("{}: cannot be written: {e}", path.display()));
     std::fs::create_dir_all(out).map_err(|e| error(out, e))?;
     let path = out.join("config.toml");
     std::fs::write(&path, config.to_toml().map_err(TrainError::input)?).map_err(|e| error(&path, e))?;
@@ -191,10 +192,10 @@ impl Run<'_> {
             }
             interrupted = outcome.stop && done < train.steps;
             let last = done == train.steps || interrupted;
-            if last || (train.eval_every > 0 && done % train.eval_every == 0) {
+            if last || (train.eval_every > 0 && done.is_multiple_of(train.eval_every)) {
                 self.evaluate(worker, comm, done, &mut observer)?;
             }
-            if last || (train.checkpoint_every > 0 && done % train.checkpoint_every == 0) {
+            if last || (train.checkpoint_every > 0 && done.is_multiple_of(train.checkpoint_every)) {
                 checkpoint = self.save(worker, comm, done)?.or(checkpoint);
             }
         }

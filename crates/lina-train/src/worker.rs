@@ -67,7 +67,8 @@ impl<'a> Worker<'a> {
         let ranks = experts.ranks();
         let compute = Compute::new(config.cluster.threads_of(ranks));
         let limits = model_limits(config, ranks);
-        let model = Model::new(config.model.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
+        let model =
+            Model::new(config.model.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
         let optimizer = AdamW::new(&model, rank);
         let message = Vec::with_capacity(STATIC_VALUES + optimizer.squares_len());
         Ok(Worker {
@@ -107,7 +108,6 @@ impl<'a> Worker<'a> {
         }
         (mine.start * dataset.sequence_tokens()) as u64
     }
-
 
     /// Trains on the batch of `step`. `stop` is rank 0's wish to end the run.
     pub(crate) fn step(&mut self, comm: &mut Comm, step: u64, stop: bool) -> Result<StepOutcome, TrainError> {

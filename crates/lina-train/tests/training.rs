@@ -115,10 +115,10 @@ fn policies_partitions_and_depths_agree_bit_for_bit() {
 #[test]
 fn the_local_engine_agrees_with_the_emulated_cluster_bit_for_bit() {
     let emulated = run(&["policy.name=lina"]);
-    let text: String = BASE.lines().filter(|line| !line.starts_with("link") && !line.starts_with("device")).fold(
-        String::new(),
-        |text, line| text + line + "\n",
-    );
+    let text: String = BASE
+        .lines()
+        .filter(|line| !line.starts_with("link") && !line.starts_with("device"))
+        .fold(String::new(), |text, line| text + line + "\n");
     let data = format!("data.files={}/src/*.rs", env!("CARGO_MANIFEST_DIR"));
     let config = RunConfig::parse(Path::new("test.toml"), &text, &[Override::set(&data).unwrap()]).unwrap();
     assert!(!config.is_emulated());
@@ -225,7 +225,11 @@ fn what_does_not_fit_a_checkpoint_is_named() {
         assert_eq!(error.exit_code(), 2, "{error}");
         error.to_string()
     };
-    assert!(error(&["model.hidden=64"]).contains("is a checkpoint of another model"), "{}", error(&["model.hidden=64"]));
+    assert!(
+        error(&["model.hidden=64"]).contains("is a checkpoint of another model"),
+        "{}",
+        error(&["model.hidden=64"])
+    );
     assert!(error(&["train.seed=9"]).contains("train.seed was 1 and is 9 now"));
     assert!(error(&["train.steps=2"]).contains("2 steps are done, expected fewer than train.steps = 2"));
     std::fs::write(checkpoint.join("exp_avg.safetensors"), b"short").unwrap();
@@ -234,12 +238,8 @@ fn what_does_not_fit_a_checkpoint_is_named() {
 
 #[test]
 fn what_does_not_fit_in_memory_is_refused_with_the_numbers() {
-    let options = TrainOptions {
-        config: config(&["cluster.memory_limit_gib=0.01"]),
-        out: None,
-        resume: None,
-        quiet: true,
-    };
+    let options =
+        TrainOptions { config: config(&["cluster.memory_limit_gib=0.01"]), out: None, resume: None, quiet: true };
     let message = train(options, &StopFlag::new()).unwrap_err().to_string();
     assert!(message.contains("expected at most 10 MiB (cluster.memory_limit_gib)"), "{message}");
 }

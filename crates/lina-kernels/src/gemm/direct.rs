@@ -21,8 +21,7 @@ pub(super) unsafe fn direct_tile<const ROWS: usize, const GROUPS: usize>(
     c_stride: usize,
     load_c: bool,
 ) {
-    let lanes: [usize; GROUPS] =
-        std::array::from_fn(|group| cols.saturating_sub(16 * group).min(16));
+    let lanes: [usize; GROUPS] = std::array::from_fn(|group| cols.saturating_sub(16 * group).min(16));
     let mut sums = [[_mm512_setzero_ps(); GROUPS]; ROWS];
     // SAFETY: masks and lane counts keep to the operands that the caller vouches for.
     unsafe {
@@ -52,11 +51,8 @@ pub(super) unsafe fn direct_tile<const ROWS: usize, const GROUPS: usize>(
                             break;
                         }
                         for (row, sums) in sums.iter_mut().enumerate() {
-                            let value = *a
-                                .data
-                                .add(row * a.row_stride + (start + step) * a.col_stride);
-                            sums[group] =
-                                _mm512_fmadd_ps(_mm512_set1_ps(value), column, sums[group]);
+                            let value = *a.data.add(row * a.row_stride + (start + step) * a.col_stride);
+                            sums[group] = _mm512_fmadd_ps(_mm512_set1_ps(value), column, sums[group]);
                         }
                     }
                 }
@@ -64,20 +60,9 @@ pub(super) unsafe fn direct_tile<const ROWS: usize, const GROUPS: usize>(
         }
         for (row, sums) in sums.into_iter().enumerate() {
             for (group, sum) in sums.into_iter().enumerate() {
-                let (mask, target) = (
-                    mask_of(lanes[group]),
-                    c.wrapping_add(row * c_stride + 16 * group),
-                );
-                let before = if load_c {
-                    _mm512_maskz_loadu_ps(mask, target)
-                } else {
-                    _mm512_setzero_ps()
-                };
-                let sum = if load_c {
-                    _mm512_add_ps(before, sum)
-                } else {
-                    sum
-                };
+                let (mask, target) = (mask_of(lanes[group]), c.wrapping_add(row * c_stride + 16 * group));
+                let before = if load_c { _mm512_maskz_loadu_ps(mask, target) } else { _mm512_setzero_ps() };
+                let sum = if load_c { _mm512_add_ps(before, sum) } else { sum };
                 _mm512_mask_storeu_ps(target, mask, sum);
             }
         }

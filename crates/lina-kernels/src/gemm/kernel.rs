@@ -46,27 +46,13 @@ pub(super) trait Kernel {
     ///
     /// # Safety
     /// `from` is valid for `rows` rows of `depth` columns, `to` for the strips, and the machine has the instructions.
-    unsafe fn pack_a(
-        from: *const f32,
-        row_stride: usize,
-        col_stride: usize,
-        rows: usize,
-        depth: usize,
-        to: *mut f32,
-    );
+    unsafe fn pack_a(from: *const f32, row_stride: usize, col_stride: usize, rows: usize, depth: usize, to: *mut f32);
 
     /// Packs a panel of `cols <= COLS` columns of B.
     ///
     /// # Safety
     /// As [`Kernel::pack_a`].
-    unsafe fn pack_b(
-        from: *const f32,
-        col_stride: usize,
-        row_stride: usize,
-        cols: usize,
-        depth: usize,
-        to: *mut f32,
-    );
+    unsafe fn pack_b(from: *const f32, col_stride: usize, row_stride: usize, cols: usize, depth: usize, to: *mut f32);
 
     /// Up to this many columns, packing A costs more than it saves: [`Kernel::tile`] takes contiguous rows as they lie in memory.
     const IN_PLACE_COLS: usize;
@@ -120,26 +106,12 @@ impl Kernel for Portable {
     const IN_PLACE_COLS: usize = 0;
     const STRIPS: usize = 1;
 
-    unsafe fn pack_a(
-        from: *const f32,
-        row_stride: usize,
-        col_stride: usize,
-        rows: usize,
-        depth: usize,
-        to: *mut f32,
-    ) {
+    unsafe fn pack_a(from: *const f32, row_stride: usize, col_stride: usize, rows: usize, depth: usize, to: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { pack::portable::<PORTABLE_ROWS>(from, row_stride, col_stride, rows, depth, to) }
     }
 
-    unsafe fn pack_b(
-        from: *const f32,
-        col_stride: usize,
-        row_stride: usize,
-        cols: usize,
-        depth: usize,
-        to: *mut f32,
-    ) {
+    unsafe fn pack_b(from: *const f32, col_stride: usize, row_stride: usize, cols: usize, depth: usize, to: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { pack::portable::<PORTABLE_COLS>(from, col_stride, row_stride, cols, depth, to) }
     }
@@ -154,9 +126,7 @@ impl Kernel for Portable {
         c_stride: usize,
         load_c: bool,
     ) {
-        let TileRows::Packed(a) = a else {
-            unreachable!("rows of A that are not packed")
-        };
+        let TileRows::Packed(a) = a else { unreachable!("rows of A that are not packed") };
         let mut sums = [[0.0_f32; PORTABLE_COLS]; PORTABLE_ROWS];
         for p in 0..depth {
             // SAFETY: both are packed with this depth.
@@ -173,17 +143,7 @@ impl Kernel for Portable {
             }
         }
         // SAFETY: C is valid for the tile.
-        unsafe {
-            write_tile(
-                sums.as_flattened(),
-                PORTABLE_COLS,
-                rows,
-                cols,
-                c,
-                c_stride,
-                load_c,
-            )
-        };
+        unsafe { write_tile(sums.as_flattened(), PORTABLE_COLS, rows, cols, c, c_stride, load_c) };
     }
 }
 
@@ -206,11 +166,7 @@ unsafe fn write_tile(
             // SAFETY: within the tile that the caller vouches for.
             unsafe {
                 let target = c.add(row * c_stride + col);
-                *target = if load_c {
-                    *target + tile[row * tile_stride + col]
-                } else {
-                    tile[row * tile_stride + col]
-                };
+                *target = if load_c { *target + tile[row * tile_stride + col] } else { tile[row * tile_stride + col] };
             }
         }
     }
@@ -409,19 +365,11 @@ mod x86 {
         let last = u16::MAX >> (16 * VECTORS - cols);
         for (row, sums) in sums.into_iter().enumerate() {
             for (vector, sum) in sums.into_iter().enumerate() {
-                let mask = if vector + 1 == VECTORS {
-                    last
-                } else {
-                    u16::MAX
-                };
+                let mask = if vector + 1 == VECTORS { last } else { u16::MAX };
                 // SAFETY: the mask keeps to the tile of C.
                 unsafe {
                     let target = c.add(row * c_stride + 16 * vector);
-                    let sum = if load_c {
-                        _mm512_add_ps(_mm512_maskz_loadu_ps(mask, target), sum)
-                    } else {
-                        sum
-                    };
+                    let sum = if load_c { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, target), sum) } else { sum };
                     _mm512_mask_storeu_ps(target, mask, sum);
                 }
             }
@@ -474,9 +422,7 @@ mod x86 {
             c_stride: usize,
             load_c: bool,
         ) {
-            let TileRows::Packed(a) = a else {
-                unreachable!("rows of A that are not packed")
-            };
+            let TileRows::Packed(a) = a else { unreachable!("rows of A that are not packed") };
             // SAFETY: the caller's promise.
             unsafe {
                 if cols > 8 {
@@ -521,11 +467,7 @@ mod x86 {
                 for (row, sums) in sums.into_iter().enumerate() {
                     for (vector, sum) in sums.into_iter().enumerate() {
                         let target = c.add(row * c_stride + 8 * vector);
-                        let sum = if load_c {
-                            _mm256_add_ps(_mm256_loadu_ps(target), sum)
-                        } else {
-                            sum
-                        };
+                        let sum = if load_c { _mm256_add_ps(_mm256_loadu_ps(target), sum) } else { sum };
                         _mm256_storeu_ps(target, sum);
                     }
                 }
@@ -536,15 +478,7 @@ mod x86 {
                         _mm256_storeu_ps(tile.as_mut_ptr().add(8 * vector), sum);
                     }
                 }
-                write_tile(
-                    tile.as_flattened(),
-                    NARROW_COLS,
-                    ROWS,
-                    cols,
-                    c,
-                    c_stride,
-                    load_c,
-                );
+                write_tile(tile.as_flattened(), NARROW_COLS, ROWS, cols, c, c_stride, load_c);
             }
         }
     }

@@ -58,18 +58,8 @@ impl<'a> Mat<'a> {
     /// # Panics
     /// If `data` has another length than `rows * cols`.
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(
-            data.len(),
-            rows * cols,
-            "a dense [{rows}, {cols}] matrix needs as many elements"
-        );
-        Self {
-            data,
-            rows,
-            cols,
-            row_stride: cols,
-            col_stride: 1,
-        }
+        assert_eq!(data.len(), rows * cols, "a dense [{rows}, {cols}] matrix needs as many elements");
+        Self { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
     /// A row-major `[rows, cols]` matrix whose rows start `row_stride` elements apart.
@@ -78,24 +68,12 @@ impl<'a> Mat<'a> {
     /// If rows overlap or `data` ends before the last row does.
     pub fn with_stride(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
         check_extent(data.len(), rows, cols, row_stride);
-        Self {
-            data,
-            rows,
-            cols,
-            row_stride,
-            col_stride: 1,
-        }
+        Self { data, rows, cols, row_stride, col_stride: 1 }
     }
 
     /// The transposed view.
     pub fn t(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
+        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 
     /// Number of rows.
@@ -124,17 +102,8 @@ impl<'a> MatMut<'a> {
     /// # Panics
     /// If `data` has another length than `rows * cols`.
     pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(
-            data.len(),
-            rows * cols,
-            "a dense [{rows}, {cols}] matrix needs as many elements"
-        );
-        Self {
-            data,
-            rows,
-            cols,
-            row_stride: cols,
-        }
+        assert_eq!(data.len(), rows * cols, "a dense [{rows}, {cols}] matrix needs as many elements");
+        Self { data, rows, cols, row_stride: cols }
     }
 
     /// A row-major `[rows, cols]` matrix whose rows start `row_stride` elements apart.
@@ -143,26 +112,15 @@ impl<'a> MatMut<'a> {
     /// If rows overlap or `data` ends before the last row does.
     pub fn with_stride(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
         check_extent(data.len(), rows, cols, row_stride);
-        Self {
-            data,
-            rows,
-            cols,
-            row_stride,
-        }
+        Self { data, rows, cols, row_stride }
     }
 }
 
 fn check_extent(len: usize, rows: usize, cols: usize, row_stride: usize) {
     if rows > 0 && cols > 0 {
-        assert!(
-            rows == 1 || row_stride >= cols,
-            "rows of {cols} elements overlap at a stride of {row_stride}"
-        );
+        assert!(rows == 1 || row_stride >= cols, "rows of {cols} elements overlap at a stride of {row_stride}");
         let needed = (rows - 1) * row_stride + cols;
-        assert!(
-            len >= needed,
-            "a [{rows}, {cols}] matrix with stride {row_stride} needs {needed} elements, not {len}"
-        );
+        assert!(len >= needed, "a [{rows}, {cols}] matrix with stride {row_stride} needs {needed} elements, not {len}");
     }
 }
 
@@ -184,15 +142,7 @@ pub struct Product<'a> {
 /// # Panics
 /// If the shapes do not agree.
 pub fn matmul(ctx: &Compute, c: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, accumulate: bool) {
-    matmul_grouped(
-        ctx,
-        [Product {
-            c,
-            a,
-            b,
-            accumulate,
-        }],
-    );
+    matmul_grouped(ctx, [Product { c, a, b, accumulate }]);
 }
 
 /// Independent products of any shapes as one parallel job: the experts of a layer. The iterator is read once, before any product starts.
@@ -240,11 +190,7 @@ pub(crate) struct Strided {
 impl Strided {
     /// Row-major.
     pub(crate) fn rows(data: *const f32, row_stride: usize) -> Self {
-        Self {
-            data,
-            row_stride,
-            col_stride: 1,
-        }
+        Self { data, row_stride, col_stride: 1 }
     }
 
     /// The view from an element on.
@@ -259,11 +205,7 @@ impl Strided {
 
     /// The transpose of a row-major matrix.
     pub(crate) fn transposed(data: *const f32, row_stride: usize) -> Self {
-        Self {
-            data,
-            row_stride: 1,
-            col_stride: row_stride,
-        }
+        Self { data, row_stride: 1, col_stride: row_stride }
     }
 }
 
@@ -289,26 +231,11 @@ impl RawProduct {
         k: usize,
         accumulate: bool,
     ) -> Self {
-        Self {
-            c,
-            c_stride,
-            a,
-            b,
-            m,
-            n,
-            k,
-            accumulate,
-            units: Units::default(),
-        }
+        Self { c, c_stride, a, b, m, n, k, accumulate, units: Units::default() }
     }
 
     fn new(product: Product<'_>) -> Self {
-        let Product {
-            c,
-            a,
-            b,
-            accumulate,
-        } = product;
+        let Product { c, a, b, accumulate } = product;
         let (m, n, k) = (c.rows, c.cols, a.cols);
         assert!(
             a.rows == m && b.rows == k && b.cols == n,
@@ -320,16 +247,8 @@ impl RawProduct {
         Self {
             c: c.data.as_mut_ptr(),
             c_stride: c.row_stride,
-            a: Strided {
-                data: a.data.as_ptr(),
-                row_stride: a.row_stride,
-                col_stride: a.col_stride,
-            },
-            b: Strided {
-                data: b.data.as_ptr(),
-                row_stride: b.row_stride,
-                col_stride: b.col_stride,
-            },
+            a: Strided { data: a.data.as_ptr(), row_stride: a.row_stride, col_stride: a.col_stride },
+            b: Strided { data: b.data.as_ptr(), row_stride: b.row_stride, col_stride: b.col_stride },
             m,
             n,
             k,
@@ -350,18 +269,10 @@ pub(crate) struct Units {
 }
 
 impl Units {
-    fn plan<K: Kernel>(
-        product: &RawProduct,
-        before: usize,
-        threads: usize,
-        unit_flop: usize,
-    ) -> Self {
+    fn plan<K: Kernel>(product: &RawProduct, before: usize, threads: usize, unit_flop: usize) -> Self {
         let RawProduct { m, n, k, .. } = *product;
         if m * n == 0 {
-            return Self {
-                before,
-                ..Self::default()
-            };
+            return Self { before, ..Self::default() };
         }
         let most_cols = BLOCK_FLOATS / k.clamp(1, DEPTH) / K::COLS * K::COLS;
         let mut blocks = n.div_ceil(most_cols);
@@ -369,23 +280,14 @@ impl Units {
         if threads > 1 {
             // Rows share the packed B, so they are cut first; where there are few, each thread gets columns of its own.
             let wanted = product.flop().div_ceil(unit_flop);
-            let least_rows = if k <= DEPTH {
-                LEAST_ROWS
-            } else {
-                LEAST_ROWS_DEEP
-            };
+            let least_rows = if k <= DEPTH { LEAST_ROWS } else { LEAST_ROWS_DEEP };
             row_chunks = wanted.div_ceil(blocks).clamp(1, (m / least_rows).max(1));
             let short = wanted.min(threads).div_ceil(row_chunks);
             blocks = blocks.max(short.min(n.div_ceil(2 * K::COLS)));
         }
         let block_cols = n.div_ceil(blocks).next_multiple_of(K::COLS);
         let chunk_rows = m.div_ceil(row_chunks).next_multiple_of(K::ROWS);
-        Self {
-            before,
-            row_chunks: m.div_ceil(chunk_rows),
-            chunk_rows,
-            block_cols,
-        }
+        Self { before, row_chunks: m.div_ceil(chunk_rows), chunk_rows, block_cols }
     }
 
     fn count(&self, n: usize) -> usize {
@@ -423,12 +325,7 @@ unsafe fn run_with<K: Kernel>(ctx: &Compute, products: &mut [RawProduct]) {
     ctx.parallel_for(units, |unit| {
         let index = products.partition_point(|product| product.units.before <= unit) - 1;
         let product = &products[index];
-        let Units {
-            before,
-            row_chunks,
-            chunk_rows,
-            block_cols,
-        } = product.units;
+        let Units { before, row_chunks, chunk_rows, block_cols } = product.units;
         let (block, chunk) = ((unit - before) / row_chunks, (unit - before) % row_chunks);
         let rows = (chunk * chunk_rows, product.m.min((chunk + 1) * chunk_rows));
         let cols = (block * block_cols, product.n.min((block + 1) * block_cols));
@@ -460,15 +357,7 @@ unsafe fn run_unit<K: Kernel>(
     cols: (usize, usize),
     key: Option<PackedKey>,
 ) {
-    let RawProduct {
-        c,
-        c_stride,
-        a,
-        b,
-        k,
-        accumulate,
-        ..
-    } = *product;
+    let RawProduct { c, c_stride, a, b, k, accumulate, .. } = *product;
     let (width, panels) = (cols.1 - cols.0, (cols.1 - cols.0).div_ceil(K::COLS));
     if k == 0 {
         if !accumulate {
@@ -497,10 +386,7 @@ unsafe fn run_unit<K: Kernel>(
     }
     PACKED.with_borrow_mut(|packed| {
         let depth = k.min(DEPTH);
-        grow(
-            &mut packed.a,
-            K::STRIPS * pack::strip_floats(K::ROWS, depth),
-        );
+        grow(&mut packed.a, K::STRIPS * pack::strip_floats(K::ROWS, depth));
         grow(&mut packed.b, panels * pack::strip_floats(K::COLS, depth));
         let (packed_a, packed_b) = (packed.a.as_mut_ptr(), packed.b.as_mut_ptr());
         let reusable = key.filter(|_| k <= DEPTH);

@@ -23,11 +23,7 @@ pub(super) unsafe fn portable<const WIDTH: usize>(
         for lane in 0..WIDTH {
             // SAFETY: the caller's promise; lanes beyond `lanes` are not read.
             unsafe {
-                let value = if lane < lanes {
-                    *from.add(lane * lane_stride + p * depth_stride)
-                } else {
-                    0.0
-                };
+                let value = if lane < lanes { *from.add(lane * lane_stride + p * depth_stride) } else { 0.0 };
                 *to.add(p * WIDTH + lane) = value;
             }
         }
@@ -68,18 +64,13 @@ mod avx512 {
                 for p in 0..depth {
                     let from = from.wrapping_add(p * depth_stride);
                     for line in (0..lanes).step_by(16) {
-                        _mm_prefetch::<_MM_HINT_T0>(
-                            from.wrapping_add(AHEAD * depth_stride + line).cast(),
-                        );
+                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD * depth_stride + line).cast());
                     }
                     for strip in 0..whole {
                         let to = to.add(strip * strip_floats(WIDTH, depth) + p * WIDTH);
                         for group in 0..groups {
                             let mask = mask_of(WIDTH - 16 * group);
-                            let row = _mm512_maskz_loadu_ps(
-                                mask,
-                                from.wrapping_add(strip * WIDTH + 16 * group),
-                            );
+                            let row = _mm512_maskz_loadu_ps(mask, from.wrapping_add(strip * WIDTH + 16 * group));
                             _mm512_storeu_ps(to.add(16 * group), row);
                         }
                     }
@@ -87,10 +78,7 @@ mod avx512 {
                         let to = to.add(whole * strip_floats(WIDTH, depth) + p * WIDTH);
                         for group in 0..groups {
                             let mask = mask_of(rest.saturating_sub(16 * group));
-                            let row = _mm512_maskz_loadu_ps(
-                                mask,
-                                from.wrapping_add(whole * WIDTH + 16 * group),
-                            );
+                            let row = _mm512_maskz_loadu_ps(mask, from.wrapping_add(whole * WIDTH + 16 * group));
                             _mm512_storeu_ps(to.add(16 * group), row);
                         }
                     }
@@ -102,15 +90,11 @@ mod avx512 {
                 let mut columns = [[_mm512_setzero_ps(); 16]; 2];
                 for (group, columns) in columns.iter_mut().enumerate().take(groups) {
                     let from = from.wrapping_add(16 * group * lane_stride + start);
-                    *columns =
-                        load_transposed(from, lane_stride, lanes.saturating_sub(16 * group), steps);
+                    *columns = load_transposed(from, lane_stride, lanes.saturating_sub(16 * group), steps);
                 }
                 for step in 0..steps {
                     for (group, columns) in columns.iter().enumerate().take(groups) {
-                        _mm512_storeu_ps(
-                            to.add((start + step) * WIDTH + 16 * group),
-                            columns[step],
-                        );
+                        _mm512_storeu_ps(to.add((start + step) * WIDTH + 16 * group), columns[step]);
                     }
                 }
             }
@@ -144,11 +128,7 @@ mod avx512 {
     /// The first `lanes` of 16 lanes.
     #[inline]
     pub(in super::super) fn mask_of(lanes: usize) -> u16 {
-        if lanes >= 16 {
-            u16::MAX
-        } else {
-            (1 << lanes) - 1
-        }
+        if lanes >= 16 { u16::MAX } else { (1 << lanes) - 1 }
     }
 
     /// Transposes a 16 x 16 matrix: within 128-bit lanes first, then across them.
@@ -157,12 +137,7 @@ mod avx512 {
     fn transpose(rows: [__m512; 16]) -> [__m512; 16] {
         let mut quads = [_mm512_setzero_ps(); 16];
         for group in 0..4 {
-            let [a, b, c, d] = [
-                rows[4 * group],
-                rows[4 * group + 1],
-                rows[4 * group + 2],
-                rows[4 * group + 3],
-            ];
+            let [a, b, c, d] = [rows[4 * group], rows[4 * group + 1], rows[4 * group + 2], rows[4 * group + 3]];
             let ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
             let ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
             let cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));

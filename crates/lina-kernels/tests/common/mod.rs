@@ -4,9 +4,7 @@
 pub fn random(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0x5DEE_CE66_D1CE_4E5B;
     let next = |_| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1 << 23) as f32 - 1.0
     };
     (0..len).map(next).collect()
@@ -14,12 +12,7 @@ pub fn random(len: usize, seed: u64) -> Vec<f32> {
 
 /// Compares `gradient` with central differences of `loss` around `x`, for every element.
 #[allow(dead_code)]
-pub fn check_gradient(
-    name: &str,
-    x: &[f32],
-    gradient: &[f32],
-    mut loss: impl FnMut(&[f32]) -> f64,
-) {
+pub fn check_gradient(name: &str, x: &[f32], gradient: &[f32], mut loss: impl FnMut(&[f32]) -> f64) {
     assert_eq!(x.len(), gradient.len());
     const STEP: f32 = 1e-2;
     let mut moved = x.to_vec();
@@ -43,10 +36,7 @@ pub fn check_gradient(
 /// Σ y · weights in f64: a loss whose gradient by y is `weights`.
 #[allow(dead_code)]
 pub fn weighted(y: &[f32], weights: &[f32]) -> f64 {
-    y.iter()
-        .zip(weights)
-        .map(|(y, weight)| f64::from(*y) * f64::from(*weight))
-        .sum()
+    y.iter().zip(weights).map(|(y, weight)| f64::from(*y) * f64::from(*weight)).sum()
 }
 
 /// Runs `run` with every instruction set on one and two threads, and checks that threads do not change a bit.
@@ -57,10 +47,7 @@ pub fn with_every_compute(run: impl Fn(&lina_kernels::Compute) -> Vec<Vec<f32>>)
         let one = run(&Compute::with_isa(1, isa));
         for threads in [2, 3] {
             let bits = |outputs: &[Vec<f32>]| -> Vec<Vec<u32>> {
-                outputs
-                    .iter()
-                    .map(|output| output.iter().map(|x| x.to_bits()).collect())
-                    .collect()
+                outputs.iter().map(|output| output.iter().map(|x| x.to_bits()).collect()).collect()
             };
             assert!(
                 bits(&run(&Compute::with_isa(threads, isa))) == bits(&one),

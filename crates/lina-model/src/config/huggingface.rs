@@ -1,7 +1,8 @@
 //! `config.json` of a Hugging Face folder, in both spellings that transformers 4 and 5 write.
 //!
 //! A key that is absent has the default of the family's configuration class in transformers. A key whose setting this
-//! crate does not compute (attention biases, scaled rotary positions, ...) is refused rather than ignored.
+//! crate does not compute (attention biases, scaled rotary positions, ...) is refused rather than ignored. Settings that
+//! act only while transformers trains (dropout, its jitter, whether router losses are reported) are ignored.
 
 use std::path::Path;
 
@@ -27,9 +28,11 @@ impl ModelConfig {
     /// # Errors
     /// As [`from_folder`](Self::from_folder).
     pub fn from_json(text: &str, place: &str) -> Result<Self, ConfigError> {
-        let config = read(text).map_err(|message| ConfigError { place: place.to_string(), message })?;
-        config.validate(place)?;
-        Ok(config)
+        let checked = read(text).and_then(|config| {
+            config.check().map_err(|message| in_their_words(config.kind, message))?;
+            Ok(config)
+        });
+        checked.map_err(|message| ConfigError { place: place.to_string(), message })
     }
 
     /// The text of a `config.json` that transformers 4 and 5 load (or, for `lina_moe`, that this crate loads).
@@ -106,6 +109,33 @@ impl ModelConfig {
         }
         format!("{json:#}\n")
     }
+}
+
+/// A complaint about our key as one about the key that the file has.
+fn in_their_words(kind: ModelKind, message: String) -> String {
+    let expert_hidden = match kind {
+        ModelKind::Mixtral | ModelKind::Olmoe => "intermediate_size",
+        ModelKind::Qwen3Moe | ModelKind::LinaMoe => "moe_intermediate_size",
+    };
+    let names = [
+        ("vocab", "vocab_size"),
+        ("hidden", "hidden_size"),
+        ("layers", "num_hidden_layers"),
+        ("heads", "num_attention_heads"),
+        ("kv_heads", "num_key_value_heads"),
+        ("experts", "num_experts"),
+        ("top_k", "num_experts_per_tok"),
+        ("expert_hidden", expert_hidden),
+        ("dense_hidden", "intermediate_size"),
+        ("max_positions", "max_position_embeddings"),
+        ("norm_epsilon", if kind == ModelKind::LinaMoe { "layer_norm_eps" } else { "rms_norm_eps" }),
+        ("aux_loss_coefficient", "router_aux_loss_coef"),
+    ];
+    names.iter().fold(message, |message, (ours, theirs)| {
+        message
+            .replace(&format!("`{ours}`"), &format!("`{theirs}`"))
+            .replace(&format!(" {ours} = "), &format!(" {theirs} = "))
+    })
 }
 
 /// The shortest decimal that reads back as the same `f32`.
@@ -426,15 +456,19 @@ mod tests {
             ("hidden_size", json!(30), "`hidden_size` is 30, expected a multiple of num_attention_heads = 4"),
             ("hidden_size", json!("x"), "`hidden_size` is \"x\", expected a whole number"),
             ("hidden_size", Value::Null, "`hidden_size` is missing, expected a number"),
-            ("num_hidden_layers", json!(0), "`layers` is 0, expected a number from 1 to 65536"),
-            ("num_key_value_heads", json!(3), "`heads` is 4, expected a multiple of kv_heads = 3"),
-            ("num_experts_per_tok", json!(9), "`top_k` is 9, expected at most experts = 8"),
+            ("num_hidden_layers", json!(0), "`num_hidden_layers` is 0, expected a number from 1 to 65536"),
+            (
+                "num_key_value_heads",
+                json!(3),
+                "`num_attention_heads` is 4, expected a multiple of num_key_value_heads = 3",
+            ),
+            ("num_experts_per_tok", json!(9), "`num_experts_per_tok` is 9, expected at most num_experts = 8"),
             ("head_dim", json!(7), "`head_dim` is 7, expected an even number, for rotary positions"),
             ("hidden_act", json!("gelu"), "`hidden_act` is \"gelu\", expected silu"),
             ("attention_bias", json!(true), "`attention_bias` is true, which is not supported"),
             ("rope_scaling", json!({"type": "linear"}), "`rope_scaling.rope_type` is \"linear\", expected default"),
             ("clip_qkv", json!(1.0), "`clip_qkv` is set, but models of kind mixtral do not have it"),
-            ("pad_token_id", json!(128), "`pad_token_id` is 128, expected a token id below vocab = 128"),
+            ("pad_token_id", json!(128), "`pad_token_id` is 128, expected a token id below vocab_size = 128"),
             ("eos_token_id", json!(-1), "`eos_token_id` is -1, expected a token id"),
             ("sliding_window", json!(0), "`sliding_window` is 0, expected at least 1"),
         ];

@@ -36,7 +36,7 @@ pub enum Preset {
 pub struct ModelSection {
     pub kind: Option<ModelKind>,
     pub preset: Option<Preset>,
-    /// Hugging Face folder, relative to the configuration file.
+    /// Hugging Face folder, relative to the current directory.
     pub path: Option<PathBuf>,
     /// 256 by default: token ids are bytes.
     pub vocab: Option<usize>,
@@ -80,8 +80,8 @@ impl ModelSection {
     /// If sizes are missing or impossible, or settings contradict each other.
     pub fn resolve(&self, base: &Path, place: &str) -> Result<ModelConfig, ConfigError> {
         let mut config = match (self.kind, self.preset, self.folder(base)) {
-            (Some(kind), None, None) => self.from_kind(kind),
-            (None, Some(preset), None) => self.from_preset(preset),
+            (Some(kind), None, None) => self.with_kind(kind),
+            (None, Some(preset), None) => self.with_preset(preset),
             (None, None, Some(folder)) => {
                 let config = ModelConfig::from_folder(&folder)?;
                 self.refuse_sizes().map(|()| config)
@@ -94,7 +94,7 @@ impl ModelSection {
         Ok(config)
     }
 
-    fn from_kind(&self, kind: ModelKind) -> Result<ModelConfig, String> {
+    fn with_kind(&self, kind: ModelKind) -> Result<ModelConfig, String> {
         let need = |key: &str, value: Option<usize>| {
             value.ok_or_else(|| format!("`{key}` is missing, expected a size for kind {kind}"))
         };
@@ -113,7 +113,7 @@ impl ModelSection {
         self.set_switches(config)
     }
 
-    fn from_preset(&self, preset: Preset) -> Result<ModelConfig, String> {
+    fn with_preset(&self, preset: Preset) -> Result<ModelConfig, String> {
         let experts = match self.experts {
             Some(experts @ (2 | 4 | 8 | 16)) => experts,
             found => {

@@ -3,53 +3,45 @@
 use lina_comm::{CommError, Direction, GradientRegion, Leg, WeightGradients, WorkKind};
 use lina_kernels::{self as kernels, Mat, MatMut};
 
-use super::{Moe, MoeShared, Steps, gate, gate_input, has_jitter, receive};
+use super::{Moe, MoeShared, Steps, gate_input, has_jitter, receive};
 use crate::config::AuxLoss;
 use crate::experts::Experts;
 use crate::jitter;
-use crate::params::{FeedForwardPlaces, ParameterLayout, Parameters};
-use crate::pass::{Pass, grow, product_flops};
+use crate::params::Parameters;
+use crate::pass::{BackwardStream, Pass, grow, product_flops};
 
 impl Moe {
-    /// Adds to `grad` `[tokens, hidden]`, the gradient of `y`, what makes it the gradient of `x`; finishes and hands
-    /// over the gradients of the layer's experts, gate and norm. `grad_normed` `[tokens, hidden]` is scratch.
-    #[expect(clippy::too_many_arguments, reason = "the operands of one sub-layer's backward")]
+    /// Takes the stream's gradient back through the layer; finishes and hands over the gradients of its experts, gate
+    /// and norm.
     pub fn backward(
         &mut self,
         pass: &mut Pass<'_>,
         shared: &mut MoeShared,
-        grad_normed: &mut [f32],
-        layout: &ParameterLayout,
-        places: &FeedForwardPlaces,
         parameters: &mut Parameters,
-        x: &[f32],
-        grad: &mut [f32],
+        stream: &mut BackwardStream<'_>,
     ) -> Result<(), CommError> {
         let (rows, shape) = (self.plan.rows(), shared.shape);
         grow(&mut shared.grad_outputs, rows * shape.hidden);
         grow(&mut shared.ffn.grad_hidden, rows * shape.inner);
         grow(&mut shared.ffn.grad_projected, rows * shape.input_width);
         if pass.comm.ranks() == 1 {
-            self.backward_here(pass, shared, grad_normed, layout, places, parameters, grad)?;
+            self.backward_here(pass, shared, parameters, stream)?;
         } else {
-            self.backward_exchanged(pass, shared, grad_normed, layout, places, parameters, grad)?;
+            self.backward_exchanged(pass, shared, parameters, stream)?;
         }
         pass.work(WorkKind::Router, Some(self.layer), 0)?;
+        let places = &pass.layout.layers[self.layer].feed_forward;
         let Parameters { dense, dense_gradients, .. } = parameters;
-        self.norm.backward(pass, &places.norm, dense, dense_gradients, x, grad_normed, grad);
+        self.norm.backward(pass, &places.norm, dense, dense_gradients, stream);
         pass.reduce_dense(dense_gradients, &places.slice)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "as for `backward`")]
     fn backward_here(
         &mut self,
         pass: &mut Pass<'_>,
         shared: &mut MoeShared,
-        grad_normed: &mut [f32],
-        layout: &ParameterLayout,
-        places: &FeedForwardPlaces,
         parameters: &mut Parameters,
-        grad: &[f32],
+        stream: &mut BackwardStream<'_>,
     ) -> Result<(), CommError> {
         let width = pass.config.hidden;
         let elements = self.plan.rows() * width;
@@ -59,7 +51,7 @@ impl Moe {
         let choices = self.plan.position.len();
         kernels::combine_backward(
             pass.compute,
-            grad,
+            stream.grad,
             width,
             &self.returned[0][..elements],
             &self.plan.position,
@@ -67,32 +59,28 @@ impl Moe {
             &mut shared.grad_outputs[..elements],
             &mut shared.grad_gate_weight[..choices],
         );
-        self.route_backward(pass, shared, grad_normed, places, parameters)?;
+        self.route_backward(pass, shared, parameters, stream.grad_normed)?;
 
         let chunk = &self.plan.chunks[0];
         pass.work(WorkKind::ExpertFfn, Some(self.layer), shared.shape.flops(chunk.received()))?;
-        let weights = &parameters.experts[layout.layer_experts(self.layer)];
+        let weights = &parameters.experts[pass.layout.layer_experts(self.layer)];
         let experts = Experts { compute: pass.compute, shape: shared.shape, weights };
         let MoeShared { ffn, grad_outputs, grad_inputs, .. } = shared;
         experts.backward(chunk, &mut self.projected, grad_outputs, ffn, grad_inputs);
-        self.weight_gradients(pass, shared, layout, parameters)?;
+        self.weight_gradients(pass, shared, parameters)?;
 
         pass.work(WorkKind::Permute, Some(self.layer), 0)?;
         let grad_inputs = &shared.grad_inputs[..elements];
-        kernels::gather_backward(pass.compute, grad_inputs, width, &self.plan.position, grad_normed);
+        kernels::gather_backward(pass.compute, grad_inputs, width, &self.plan.position, stream.grad_normed);
         Ok(())
     }
 
-    #[expect(clippy::too_many_arguments, reason = "as for `backward`")]
     fn backward_exchanged(
         &mut self,
         pass: &mut Pass<'_>,
         shared: &mut MoeShared,
-        grad_normed: &mut [f32],
-        layout: &ParameterLayout,
-        places: &FeedForwardPlaces,
         parameters: &mut Parameters,
-        grad: &[f32],
+        stream: &mut BackwardStream<'_>,
     ) -> Result<(), CommError> {
         let (width, top_k) = (pass.config.hidden, pass.config.top_k);
         let order = pass.comm.moe_shape().weight_gradients;
@@ -107,7 +95,7 @@ impl Moe {
             let choices = chunk.tokens.start * top_k..chunk.tokens.end * top_k;
             kernels::combine_backward(
                 pass.compute,
-                &grad[chunk.tokens.start * width..chunk.tokens.end * width],
+                &stream.grad[chunk.tokens.start * width..chunk.tokens.end * width],
                 width,
                 &self.returned[number][..elements],
                 &self.plan.position[choices.clone()],
@@ -119,7 +107,7 @@ impl Moe {
         }
 
         // Needs nothing of what is on the wire.
-        self.route_backward(pass, shared, grad_normed, places, parameters)?;
+        self.route_backward(pass, shared, parameters, stream.grad_normed)?;
 
         let mut dispatches = Vec::with_capacity(steps.chunks);
         for (number, ticket) in combines.into_iter().enumerate() {
@@ -129,17 +117,17 @@ impl Moe {
             pass.work(WorkKind::ExpertFfn, Some(self.layer), shape.flops(chunk.received()))?;
             let kind = steps.kind(Leg::Dispatch, number);
             let mut exchange = exchanges.take(kind, width, &chunk.recv_rows, &chunk.send_rows, None);
-            let weights = &parameters.experts[layout.layer_experts(self.layer)];
+            let weights = &parameters.experts[pass.layout.layer_experts(self.layer)];
             let experts = Experts { compute: pass.compute, shape: *shape, weights };
             experts.backward(chunk, &mut self.projected, grad_outputs, ffn, &mut exchange.send);
             let last = number + 1 == steps.chunks;
             if last && order == WeightGradients::BeforeSend {
-                self.weight_gradients(pass, shared, layout, parameters)?;
+                self.weight_gradients(pass, shared, parameters)?;
             }
             dispatches.push(pass.comm.all_to_all(exchange)?);
         }
         if order == WeightGradients::AfterSend {
-            self.weight_gradients(pass, shared, layout, parameters)?;
+            self.weight_gradients(pass, shared, parameters)?;
         }
 
         for (number, ticket) in dispatches.into_iter().enumerate() {
@@ -149,7 +137,7 @@ impl Moe {
             let grad_rows = &exchange.recv[..chunk.sent.len() * width];
             let position = &self.plan.position[chunk.tokens.start * top_k..chunk.tokens.end * top_k];
             let tokens = chunk.tokens.start * width..chunk.tokens.end * width;
-            kernels::gather_backward(pass.compute, grad_rows, width, position, &mut grad_normed[tokens]);
+            kernels::gather_backward(pass.compute, grad_rows, width, position, &mut stream.grad_normed[tokens]);
             shared.exchanges.put(exchange, None);
         }
         Ok(())
@@ -160,9 +148,8 @@ impl Moe {
         &mut self,
         pass: &mut Pass<'_>,
         shared: &mut MoeShared,
-        grad_normed: &mut [f32],
-        places: &FeedForwardPlaces,
         parameters: &mut Parameters,
+        grad_normed: &mut [f32],
     ) -> Result<(), CommError> {
         let config = pass.config;
         let (tokens, hidden, experts, top_k) = (pass.tokens(), config.hidden, config.experts, config.top_k);
@@ -184,13 +171,13 @@ impl Moe {
             &self.logits[..tokens * experts],
             grad_logits,
         );
-        let gate = gate(places);
+        let gate = pass.layout.layers[self.layer].feed_forward.gate();
         let grad_logits = Mat::new(grad_logits, tokens, experts);
         let input = gate_input(pass, self.layer, self.norm.output(tokens), &mut shared.gate_input);
         let gate_gradient = MatMut::new(parameters.dense_gradients.range_mut(gate.clone()), experts, hidden);
         let input = Mat::new(input, tokens, hidden);
         kernels::matmul(pass.compute, gate_gradient, grad_logits.t(), input, pass.accumulate);
-        let gate = Mat::new(&parameters.dense[gate], experts, hidden);
+        let gate = Mat::new(&parameters.dense[gate.clone()], experts, hidden);
         kernels::matmul(pass.compute, MatMut::new(grad_normed, tokens, hidden), grad_logits, gate, false);
         if has_jitter(pass) {
             jitter::apply(pass.compute, grad_normed, hidden, router.jitter, &pass.step, self.layer);
@@ -204,10 +191,9 @@ impl Moe {
         &self,
         pass: &mut Pass<'_>,
         shared: &MoeShared,
-        layout: &ParameterLayout,
         parameters: &mut Parameters,
     ) -> Result<(), CommError> {
-        let layer_experts = layout.layer_experts(self.layer);
+        let layer_experts = pass.layout.layer_experts(self.layer);
         pass.work(WorkKind::ExpertWeightGradient, Some(self.layer), shared.shape.flops(self.plan.rows()))?;
         let Parameters { experts, expert_gradients, .. } = parameters;
         let experts = Experts { compute: pass.compute, shape: shared.shape, weights: &experts[layer_experts.clone()] };
@@ -221,10 +207,10 @@ impl Moe {
         );
         for (expert, group) in shared.groups.iter().enumerate() {
             let Some(group) = *group else { continue };
-            let block = layout.expert_block(self.layer, expert);
+            let block = pass.layout.expert_block(self.layer, expert);
             pass.comm.reduce_gradient(GradientRegion {
                 group,
-                elements: layout.expert_elements(),
+                elements: pass.layout.expert_elements(),
                 local: block.map(|block| (&mut *expert_gradients, block)),
             })?;
         }

@@ -3,28 +3,25 @@
 use lina_comm::{CommError, Direction, Leg, WorkKind};
 use lina_kernels::{self as kernels, Mat, MatMut};
 
-use super::{Moe, MoeShared, RouterLosses, Steps, gate, gate_input, receive};
+use super::{Moe, MoeShared, RouterLosses, Steps, gate_input, receive};
 use crate::batch::StepError;
 use crate::config::AuxLoss;
 use crate::experts::Experts;
-use crate::params::{FeedForwardPlaces, ParameterLayout, Parameters};
+use crate::params::Parameters;
 use crate::pass::{Pass, grow, product_flops};
 use crate::routing::{Routes, RoutingPlan};
 
 impl Moe {
     /// `y = x + experts(norm(x))`, both `[tokens, hidden]`.
-    #[expect(clippy::too_many_arguments, reason = "the operands of one sub-layer's forward")]
     pub fn forward(
         &mut self,
         pass: &mut Pass<'_>,
         shared: &mut MoeShared,
-        layout: &ParameterLayout,
-        places: &FeedForwardPlaces,
         parameters: &Parameters,
         x: &[f32],
         y: &mut [f32],
     ) -> Result<(), StepError> {
-        self.route(pass, shared, places, &parameters.dense, x)?;
+        self.route(pass, shared, &parameters.dense, x)?;
         let rows = self.plan.rows();
         if rows > shared.rows_limit {
             return Err(StepError::TooManyRows { layer: self.layer, rows, limit: shared.rows_limit });
@@ -34,7 +31,7 @@ impl Moe {
         grow(&mut shared.ffn.hidden, rows * shared.shape.inner);
         self.returned.resize_with(self.plan.chunks.len(), Vec::new);
         y.copy_from_slice(x);
-        let weights = &parameters.experts[layout.layer_experts(self.layer)];
+        let weights = &parameters.experts[pass.layout.layer_experts(self.layer)];
         let experts = Experts { compute: pass.compute, shape: shared.shape, weights };
         if pass.comm.ranks() == 1 {
             self.forward_here(pass, shared, &experts, y)?;
@@ -49,15 +46,14 @@ impl Moe {
         &mut self,
         pass: &mut Pass<'_>,
         shared: &mut MoeShared,
-        places: &FeedForwardPlaces,
         dense: &[f32],
         x: &[f32],
     ) -> Result<(), CommError> {
-        let config = pass.config;
+        let (config, places) = (pass.config, &pass.layout.layers[self.layer].feed_forward);
         let (tokens, hidden, experts, top_k) = (pass.tokens(), config.hidden, config.experts, config.top_k);
         pass.work(WorkKind::Router, Some(self.layer), product_flops(tokens, experts, hidden))?;
         self.norm.forward(pass, &places.norm, dense, x);
-        let gate = Mat::new(&dense[gate(places)], experts, hidden);
+        let gate = Mat::new(&dense[places.gate().clone()], experts, hidden);
         let gate_input = gate_input(pass, self.layer, self.norm.output(tokens), &mut shared.gate_input);
         let gate_input = Mat::new(gate_input, tokens, hidden);
         let logits = &mut self.logits[..tokens * experts];
@@ -73,7 +69,8 @@ impl Moe {
             exchange_counts(pass, shared, &mut self.plan, self.layer)?;
         }
         let index = &self.expert_index[..tokens * top_k];
-        self.plan.place(&shared.routes, index, config.router.capacity_factor);
+        let capacity_factor = config.router.capacity_factor.filter(|_| pass.step.training);
+        self.plan.place(&shared.routes, index, capacity_factor);
         self.measure_losses(pass, &shared.routes);
         Ok(())
     }

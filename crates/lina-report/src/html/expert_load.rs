@@ -31,27 +31,13 @@ impl LayerLoad {
     /// Each expert's tokens over the layer's mean: 1 is even.
     fn ratios(&self) -> Vec<f64> {
         let mean = self.tokens.iter().sum::<u64>() as f64 / self.tokens.len().max(1) as f64;
-        self.tokens
-            .iter()
-            .map(|&tokens| {
-                if mean > 0.0 {
-                    tokens as f64 / mean
-                } else {
-                    0.0
-                }
-            })
-            .collect()
+        self.tokens.iter().map(|&tokens| if mean > 0.0 { tokens as f64 / mean } else { 0.0 }).collect()
     }
 }
 
 impl ExpertLoad {
     pub(super) fn section(&self) -> Option<Section> {
-        let experts = self
-            .layers
-            .iter()
-            .map(|layer| layer.tokens.len())
-            .max()
-            .filter(|&experts| experts > 0)?;
+        let experts = self.layers.iter().map(|layer| layer.tokens.len()).max().filter(|&experts| experts > 0)?;
         let ratios: Vec<Vec<f64>> = self.layers.iter().map(LayerLoad::ratios).collect();
         let hottest = ratios.iter().flatten().copied().fold(0.0, f64::max);
         // A scale of at least twice the even share, in steps of a half, so that a balanced model looks balanced.
@@ -63,29 +49,13 @@ impl ExpertLoad {
         let gap = if cell_width > 10.0 { 2.0 } else { 0.5 };
         let height = head + cell_height * self.layers.len() as f64 + 24.0;
         let mut body = legend(top);
-        body.push_str(&svg::open(
-            height,
-            "Share of tokens of each expert in each layer, relative to an even share",
-        ));
-        let _ = write!(
-            body,
-            "<text class=\"tick\" text-anchor=\"end\" x=\"{:.1}\" y=\"16\">layer</text>",
-            left - 10.0
-        );
-        let _ = write!(
-            body,
-            "<text class=\"tick\" x=\"{:.1}\" y=\"16\">hottest</text>",
-            right + 12.0
-        );
-        let every = (1usize..)
-            .find(|every| cell_width * *every as f64 >= 26.0)
-            .unwrap_or(1);
+        body.push_str(&svg::open(height, "Share of tokens of each expert in each layer, relative to an even share"));
+        let _ = write!(body, "<text class=\"tick\" text-anchor=\"end\" x=\"{:.1}\" y=\"16\">layer</text>", left - 10.0);
+        let _ = write!(body, "<text class=\"tick\" x=\"{:.1}\" y=\"16\">hottest</text>", right + 12.0);
+        let every = (1usize..).find(|every| cell_width * *every as f64 >= 26.0).unwrap_or(1);
         for expert in (0..experts).step_by(every) {
             let x = left + cell_width * (expert as f64 + 0.5);
-            let _ = write!(
-                body,
-                "<text class=\"tick\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"16\">{expert}</text>"
-            );
+            let _ = write!(body, "<text class=\"tick\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"16\">{expert}</text>");
         }
         for (index, (layer, ratios)) in self.layers.iter().zip(&ratios).enumerate() {
             let y = head + cell_height * index as f64;
@@ -120,22 +90,16 @@ impl ExpertLoad {
                 body.push_str("</g>");
             }
             let highest = ratios.iter().copied().fold(0.0, f64::max);
-            let _ = write!(
-                body,
-                "<text class=\"tick\" x=\"{:.1}\" y=\"{baseline:.1}\">{highest:.2}x</text>",
-                right + 12.0
-            );
+            let _ =
+                write!(body, "<text class=\"tick\" x=\"{:.1}\" y=\"{baseline:.1}\">{highest:.2}x</text>", right + 12.0);
         }
         let _ = write!(
             body,
             "<text class=\"tick\" text-anchor=\"end\" x=\"{right:.1}\" y=\"{:.1}\">expert</text></svg>",
             height - 6.0
         );
-        let counted = if self.steps.is_empty() {
-            String::new()
-        } else {
-            format!(" Counted over {}.", escape(&self.steps))
-        };
+        let counted =
+            if self.steps.is_empty() { String::new() } else { format!(" Counted over {}.", escape(&self.steps)) };
         Some(Section {
             id: "experts",
             heading: "Load of the experts",
@@ -154,15 +118,11 @@ fn colour(ratio: f64, top: f64) -> usize {
 }
 
 fn legend(top: f64) -> String {
-    let mut html =
-        String::from("<div class=\"legend\"><span class=\"entry\">0</span><span class=\"ramp\">");
+    let mut html = String::from("<div class=\"legend\"><span class=\"entry\">0</span><span class=\"ramp\">");
     for colour in 0..COLOURS {
         let _ = write!(html, "<span class=\"swatch heat{colour}\"></span>");
     }
-    let _ = write!(
-        html,
-        "</span><span class=\"entry\">{top}x the even share</span></div>"
-    );
+    let _ = write!(html, "</span><span class=\"entry\">{top}x the even share</span></div>");
     html
 }
 
@@ -172,43 +132,15 @@ mod tests {
 
     #[test]
     fn ratios_are_relative_to_even() {
-        assert_eq!(
-            LayerLoad {
-                layer: 0,
-                tokens: vec![10, 30, 0, 0]
-            }
-            .ratios(),
-            [1.0, 3.0, 0.0, 0.0]
-        );
-        assert_eq!(
-            LayerLoad {
-                layer: 0,
-                tokens: vec![0, 0]
-            }
-            .ratios(),
-            [0.0, 0.0]
-        );
-        assert_eq!(
-            [0.0, 1.0, 1.999, 2.0].map(|ratio| colour(ratio, 2.0)),
-            [0, 4, 8, 8]
-        );
+        assert_eq!(LayerLoad { layer: 0, tokens: vec![10, 30, 0, 0] }.ratios(), [1.0, 3.0, 0.0, 0.0]);
+        assert_eq!(LayerLoad { layer: 0, tokens: vec![0, 0] }.ratios(), [0.0, 0.0]);
+        assert_eq!([0.0, 1.0, 1.999, 2.0].map(|ratio| colour(ratio, 2.0)), [0, 4, 8, 8]);
     }
 
     #[test]
     fn many_experts_are_cells_without_numbers() {
-        let layers = (0..48)
-            .map(|layer| LayerLoad {
-                layer,
-                tokens: vec![5; 128],
-            })
-            .collect();
-        let body = ExpertLoad {
-            steps: String::new(),
-            layers,
-        }
-        .section()
-        .unwrap()
-        .body;
+        let layers = (0..48).map(|layer| LayerLoad { layer, tokens: vec![5; 128] }).collect();
+        let body = ExpertLoad { steps: String::new(), layers }.section().unwrap().body;
         assert_eq!(body.matches("<rect").count(), 48 * 128);
         assert_eq!(body.matches(">1.00</text>").count(), 0);
     }

@@ -27,26 +27,14 @@ impl LossCurve {
         let all = || train.iter().chain(&held_out);
         all().next()?;
         let range = |value: fn(&(f64, f64)) -> f64| {
-            all()
-                .map(value)
-                .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| {
-                    (low.min(v), high.max(v))
-                })
+            all().map(value).fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)))
         };
         let (steps, losses) = (range(|point| point.0), range(|point| point.1));
         let margin = ((losses.1 - losses.0) * 0.06).max(1e-3);
 
-        let plot = Plot {
-            left: 56.0,
-            right: WIDTH - 12.0,
-            top: 28.0,
-            bottom: 292.0,
-        };
+        let plot = Plot { left: 56.0, right: WIDTH - 12.0, top: 28.0, bottom: 292.0 };
         let x = Scale::new(steps, (plot.left + 4.0, plot.right - 4.0));
-        let y = Scale::new(
-            (losses.0 - margin, losses.1 + margin),
-            (plot.bottom, plot.top),
-        );
+        let y = Scale::new((losses.0 - margin, losses.1 + margin), (plot.bottom, plot.top));
         let mut body = svg::legend(&[("train", "training"), ("held-out", "held out")]);
         body.push_str(&svg::open(320.0, "Loss over the steps"));
         plot.y_axis(&mut body, &y, "nats");
@@ -73,9 +61,7 @@ impl LossCurve {
         Some(Section {
             id: "loss",
             heading: "Loss",
-            caption:
-                "Mean cross-entropy of the next token; the bold line is the training loss smoothed."
-                    .into(),
+            caption: "Mean cross-entropy of the next token; the bold line is the training loss smoothed.".into(),
             body,
             shows_time: false,
         })
@@ -86,9 +72,7 @@ impl LossCurve {
 fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let group = points.len().div_ceil(MOST_POINTS).max(1);
     let mean = |points: &[(f64, f64)]| {
-        let (steps, losses) = points
-            .iter()
-            .fold((0.0, 0.0), |sum, point| (sum.0 + point.0, sum.1 + point.1));
+        let (steps, losses) = points.iter().fold((0.0, 0.0), |sum, point| (sum.0 + point.0, sum.1 + point.1));
         (steps / points.len() as f64, losses / points.len() as f64)
     };
     points.chunks(group).map(mean).collect()
@@ -102,11 +86,7 @@ fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         let window = &points[index - reach..=index + reach];
         window.iter().map(|point| point.1).sum::<f64>() / window.len() as f64
     };
-    points
-        .iter()
-        .enumerate()
-        .map(|(index, point)| (point.0, mean(index)))
-        .collect()
+    points.iter().enumerate().map(|(index, point)| (point.0, mean(index))).collect()
 }
 
 fn path(out: &mut String, class: &str, points: &[(f64, f64)], x: &Scale, y: &Scale) {
@@ -126,9 +106,7 @@ mod tests {
 
     #[test]
     fn long_curves_are_thinned_without_bias() {
-        let points: Vec<_> = (0..5400)
-            .map(|step| (step as f64, (step % 2) as f64))
-            .collect();
+        let points: Vec<_> = (0..5400).map(|step| (step as f64, (step % 2) as f64)).collect();
         let thinned = thin(&points);
         assert_eq!(thinned.len(), 540);
         assert!(thinned.iter().all(|point| point.1 == 0.5));
@@ -137,9 +115,7 @@ mod tests {
 
     #[test]
     fn smoothing_keeps_straight_lines() {
-        let line: Vec<_> = (0..200)
-            .map(|step| (step as f64, 2.0 * step as f64))
-            .collect();
+        let line: Vec<_> = (0..200).map(|step| (step as f64, 2.0 * step as f64)).collect();
         assert_eq!(smoothed(&line), line);
     }
 }

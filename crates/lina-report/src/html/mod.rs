@@ -94,10 +94,7 @@ impl Report {
         for section in sections.into_iter().flatten() {
             section.render(&mut page, self.facts.emulated);
         }
-        let _ = write!(
-            page,
-            "</main>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n"
-        );
+        let _ = write!(page, "</main>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n");
         page
     }
 
@@ -136,9 +133,7 @@ impl Report {
             ("Engine", facts.engine.clone()),
             ("Policy", facts.policy.clone()),
         ];
-        let known = known
-            .into_iter()
-            .filter_map(|(name, value)| Some((name.to_string(), value?)));
+        let known = known.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?)));
         for (name, value) in known.chain(facts.more.iter().cloned()) {
             let (name, value) = (escape(&name), escape(&value));
             let _ = write!(page, "<div><dt>{name}</dt><dd>{value}</dd></div>");
@@ -148,26 +143,12 @@ impl Report {
 
     /// The few numbers that are looked for first.
     fn figures(&self, page: &mut String) {
-        let clock = if self.facts.emulated {
-            "virtual time"
-        } else {
-            ""
-        };
+        let clock = if self.facts.emulated { "virtual time" } else { "" };
         let mut figures: Vec<(&str, String, String)> = Vec::new();
-        let last = |points: &[(u64, f64)]| {
-            points
-                .iter()
-                .rev()
-                .map(|&(_, loss)| loss)
-                .find(|loss| loss.is_finite())
-        };
+        let last = |points: &[(u64, f64)]| points.iter().rev().map(|&(_, loss)| loss).find(|loss| loss.is_finite());
         if let Some(loss) = &self.loss {
             if let Some(value) = last(&loss.train) {
-                figures.push((
-                    "Training loss, at the end",
-                    format!("{value:.3}"),
-                    String::new(),
-                ));
+                figures.push(("Training loss, at the end", format!("{value:.3}"), String::new()));
             }
             if let Some(value) = last(&loss.held_out) {
                 let perplexity = format!("perplexity {}", significant(value.exp()));
@@ -181,11 +162,7 @@ impl Report {
             figures.push(("Blocked on all-to-all", share, "of all steps' time".into()));
         }
         if let Some(rate) = self.facts.tokens_per_s.filter(|rate| rate.is_finite()) {
-            figures.push((
-                "Tokens a second",
-                thousands(rate.round() as u64),
-                clock.into(),
-            ));
+            figures.push(("Tokens a second", thousands(rate.round() as u64), clock.into()));
         }
         if figures.is_empty() {
             return;
@@ -216,18 +193,8 @@ struct Section {
 
 impl Section {
     fn render(&self, page: &mut String, emulated: bool) {
-        let Self {
-            id,
-            heading,
-            caption,
-            body,
-            ..
-        } = self;
-        let badge = if emulated && self.shows_time {
-            "<span class=\"badge small\">virtual time</span>"
-        } else {
-            ""
-        };
+        let Self { id, heading, caption, body, .. } = self;
+        let badge = if emulated && self.shows_time { "<span class=\"badge small\">virtual time</span>" } else { "" };
         let _ = write!(
             page,
             "<section id=\"{id}\">\n<h2>{heading}{badge}</h2>\n<p class=\"caption\">{caption}</p>\n{body}\n</section>\n"
@@ -267,18 +234,10 @@ mod tests {
                 train: vec![(0, 5.0), (1, 4.5), (2, f64::NAN), (3, 4.0)],
                 held_out: vec![(3, 4.25)],
             }),
-            step_times: vec![StepTime {
-                step: 0,
-                compute_ms: 5.0,
-                a2a_blocked_ms: 3.0,
-                other_blocked_ms: 2.0,
-            }],
+            step_times: vec![StepTime { step: 0, compute_ms: 5.0, a2a_blocked_ms: 3.0, other_blocked_ms: 2.0 }],
             expert_load: Some(ExpertLoad {
                 steps: "step 3".into(),
-                layers: vec![LayerLoad {
-                    layer: 0,
-                    tokens: vec![10, 30, 0],
-                }],
+                layers: vec![LayerLoad { layer: 0, tokens: vec![10, 30, 0] }],
             }),
             timeline: Some(Timeline {
                 step: 7,
@@ -300,11 +259,7 @@ mod tests {
     fn every_section_is_there_and_all_text_is_escaped() {
         let page = full().render();
         for id in ["policies", "loss", "step-time", "timeline", "experts"] {
-            assert_eq!(
-                page.matches(&format!("<section id=\"{id}\">")).count(),
-                1,
-                "{id}"
-            );
+            assert_eq!(page.matches(&format!("<section id=\"{id}\">")).count(), 1, "{id}");
         }
         assert!(page.contains("<h1>a &lt;b&gt; &amp; &quot;c&quot;<span class=\"badge\""));
         assert!(page.contains("&lt;script&gt;alert(1)"));
@@ -320,16 +275,9 @@ mod tests {
         for outside in ["http://", "https://", "src=", "@import", "url("] {
             assert!(!page.contains(outside), "{outside}");
         }
-        for tag in [
-            "section", "svg", "g", "text", "title", "table", "tr", "td", "th", "div", "p", "span",
-        ] {
-            let opened = page.matches(&format!("<{tag} ")).count()
-                + page.matches(&format!("<{tag}>")).count();
-            assert_eq!(
-                opened,
-                page.matches(&format!("</{tag}>")).count(),
-                "<{tag}>"
-            );
+        for tag in ["section", "svg", "g", "text", "title", "table", "tr", "td", "th", "div", "p", "span"] {
+            let opened = page.matches(&format!("<{tag} ")).count() + page.matches(&format!("<{tag}>")).count();
+            assert_eq!(opened, page.matches(&format!("</{tag}>")).count(), "<{tag}>");
         }
     }
 
@@ -343,37 +291,18 @@ mod tests {
         }
         let page = real.render();
         let (_, body) = page.split_once("<body>").unwrap();
-        assert!(
-            !body.contains("EMULATED") && !body.contains("emulated") && !body.contains("virtual")
-        );
+        assert!(!body.contains("EMULATED") && !body.contains("emulated") && !body.contains("virtual"));
     }
 
     #[test]
     fn an_empty_report_is_a_page_without_sections() {
-        let page = Report {
-            title: "empty".into(),
-            ..Report::default()
-        }
-        .render();
+        let page = Report { title: "empty".into(), ..Report::default() }.render();
         assert!(page.contains("<h1>empty</h1>") && !page.contains("<section"));
         let nothing = Report {
-            loss: Some(LossCurve {
-                train: vec![(0, f64::NAN)],
-                held_out: vec![],
-            }),
-            expert_load: Some(ExpertLoad {
-                steps: String::new(),
-                layers: vec![],
-            }),
-            timeline: Some(Timeline {
-                step: 0,
-                spans: vec![],
-            }),
-            policies: Some(PolicyComparison {
-                rows: vec![],
-                emulated: false,
-                link_bound_ms: None,
-            }),
+            loss: Some(LossCurve { train: vec![(0, f64::NAN)], held_out: vec![] }),
+            expert_load: Some(ExpertLoad { steps: String::new(), layers: vec![] }),
+            timeline: Some(Timeline { step: 0, spans: vec![] }),
+            policies: Some(PolicyComparison { rows: vec![], emulated: false, link_bound_ms: None }),
             ..Report::default()
         };
         assert!(!nothing.render().contains("<section"));

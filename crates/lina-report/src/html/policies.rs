@@ -24,17 +24,8 @@ pub struct PolicyComparison {
 
 impl PolicyComparison {
     pub(super) fn section(&self) -> Option<Section> {
-        let bounds = self
-            .rows
-            .iter()
-            .filter_map(|row| row.bound_ms)
-            .chain(self.link_bound_ms);
-        let longest = self
-            .rows
-            .iter()
-            .map(|row| row.step_ms_median)
-            .chain(bounds)
-            .fold(0.0, f64::max);
+        let bounds = self.rows.iter().filter_map(|row| row.bound_ms).chain(self.link_bound_ms);
+        let longest = self.rows.iter().map(|row| row.step_ms_median).chain(bounds).fold(0.0, f64::max);
         if self.rows.is_empty() || longest <= 0.0 {
             return None;
         }
@@ -51,12 +42,7 @@ impl PolicyComparison {
 
     fn bars(&self, longest_ms: f64) -> String {
         let bottom = 8.0 + SLOT * self.rows.len() as f64;
-        let plot = Plot {
-            left: 110.0,
-            right: WIDTH - 130.0,
-            top: 8.0,
-            bottom,
-        };
+        let plot = Plot { left: 110.0, right: WIDTH - 130.0, top: 8.0, bottom };
         let x = Scale::new((0.0, longest_ms), (plot.left, plot.right));
         let mut out = svg::legend(&[
             ("compute", "step, median"),
@@ -159,17 +145,9 @@ impl PolicyComparison {
             let _ = write!(html, "<th>{head}<span class=\"unit\">{unit}</span></th>");
         }
         html.push_str("</tr></thead><tbody>");
-        let fastest = self
-            .rows
-            .iter()
-            .map(|row| row.step_ms_median)
-            .fold(f64::INFINITY, f64::min);
+        let fastest = self.rows.iter().map(|row| row.step_ms_median).fold(f64::INFINITY, f64::min);
         for row in &self.rows {
-            let class = if row.step_ms_median == fastest && self.rows.len() > 1 {
-                " class=\"best\""
-            } else {
-                ""
-            };
+            let class = if row.step_ms_median == fastest && self.rows.len() > 1 { " class=\"best\"" } else { "" };
             let _ = write!(html, "<tr{class}><td>{}</td>", escape(&row.policy));
             for cell in [
                 significant(row.step_ms_median),

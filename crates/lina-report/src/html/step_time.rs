@@ -39,16 +39,9 @@ pub(super) fn summary(steps: &[StepTime]) -> Option<StepSummary> {
     let totals = sorted_totals(steps);
     let middle = totals.len() / 2;
     let upper = *totals.get(middle)?;
-    let step_ms_median = if totals.len() % 2 == 1 {
-        upper
-    } else {
-        (totals[middle - 1] + upper) / 2.0
-    };
+    let step_ms_median = if totals.len() % 2 == 1 { upper } else { (totals[middle - 1] + upper) / 2.0 };
     let blocked: f64 = steps.iter().map(|step| step.a2a_blocked_ms).sum();
-    Some(StepSummary {
-        step_ms_median,
-        a2a_blocked_share: blocked / totals.iter().sum::<f64>(),
-    })
+    Some(StepSummary { step_ms_median, a2a_blocked_share: blocked / totals.iter().sum::<f64>() })
 }
 
 /// The chart, if there are steps.
@@ -57,20 +50,11 @@ pub(super) fn section(steps: &[StepTime]) -> Option<Section> {
     let longest = *totals.last()?;
     // A slow first step would flatten all others: bars far beyond the rest are cut.
     let usual = totals[(totals.len() - 1) * 49 / 50];
-    let top_ms = if longest > 2.0 * usual {
-        usual * 1.25
-    } else {
-        longest * 1.05
-    };
+    let top_ms = if longest > 2.0 * usual { usual * 1.25 } else { longest * 1.05 };
     let group = steps.len().div_ceil(MOST_BARS).max(1);
     let bars: Vec<(u64, StepTime)> = steps.chunks(group).map(mean).collect();
 
-    let plot = Plot {
-        left: 56.0,
-        right: WIDTH - 12.0,
-        top: 28.0,
-        bottom: 252.0,
-    };
+    let plot = Plot { left: 56.0, right: WIDTH - 12.0, top: 28.0, bottom: 252.0 };
     let slot = (plot.right - plot.left) / bars.len() as f64;
     let width = (slot - (slot * 0.18).min(3.0)).min(64.0);
     let y = Scale::new((0.0, top_ms), (plot.bottom, plot.top));
@@ -84,10 +68,7 @@ pub(super) fn section(steps: &[StepTime]) -> Option<Section> {
         ("all-to-all", "blocked on all-to-all"),
         ("allreduce", "blocked on allreduce and other"),
     ]);
-    body.push_str(&svg::open(
-        280.0,
-        "Time of each step by what the compute lane did",
-    ));
+    body.push_str(&svg::open(280.0, "Time of each step by what the compute lane did"));
     plot.y_axis(&mut body, &y, "ms");
     for (index, (last_step, bar)) in bars.iter().enumerate() {
         let left = plot.left + slot * index as f64 + (slot - width) / 2.0;
@@ -105,15 +86,10 @@ pub(super) fn section(steps: &[StepTime]) -> Option<Section> {
             significant(bar.other_blocked_ms)
         );
         let mut below = 0.0;
-        for (class, ms) in [
-            ("compute", bar.compute_ms),
-            ("all-to-all", bar.a2a_blocked_ms),
-            ("allreduce", bar.other_blocked_ms),
-        ] {
-            let (from, to) = (
-                f64::min(below, top_ms),
-                f64::min(below + ms.max(0.0), top_ms),
-            );
+        for (class, ms) in
+            [("compute", bar.compute_ms), ("all-to-all", bar.a2a_blocked_ms), ("allreduce", bar.other_blocked_ms)]
+        {
+            let (from, to) = (f64::min(below, top_ms), f64::min(below + ms.max(0.0), top_ms));
             if to > from {
                 let _ = write!(
                     body,
@@ -144,35 +120,20 @@ pub(super) fn section(steps: &[StepTime]) -> Option<Section> {
         }
     }
     if longest > top_ms {
-        let _ = write!(
-            caption,
-            " Bars with ▲ are cut; the longest step took {} ms.",
-            significant(longest)
-        );
+        let _ = write!(caption, " Bars with ▲ are cut; the longest step took {} ms.", significant(longest));
     }
-    Some(Section {
-        id: "step-time",
-        heading: "Where the steps' time went",
-        caption,
-        body,
-        shows_time: true,
-    })
+    Some(Section { id: "step-time", heading: "Where the steps' time went", caption, body, shows_time: true })
 }
 
 fn sorted_totals(steps: &[StepTime]) -> Vec<f64> {
-    let mut totals: Vec<f64> = steps
-        .iter()
-        .map(StepTime::total_ms)
-        .filter(|ms| ms.is_finite())
-        .collect();
+    let mut totals: Vec<f64> = steps.iter().map(StepTime::total_ms).filter(|ms| ms.is_finite()).collect();
     totals.sort_by(f64::total_cmp);
     totals
 }
 
 /// The mean of a few steps under the first one's number, and the last one's number.
 fn mean(steps: &[StepTime]) -> (u64, StepTime) {
-    let part =
-        |part: fn(&StepTime) -> f64| steps.iter().map(part).sum::<f64>() / steps.len() as f64;
+    let part = |part: fn(&StepTime) -> f64| steps.iter().map(part).sum::<f64>() / steps.len() as f64;
     let bar = StepTime {
         step: steps[0].step,
         compute_ms: part(|step| step.compute_ms),
@@ -187,12 +148,7 @@ mod tests {
     use super::*;
 
     fn step(step: u64, compute_ms: f64) -> StepTime {
-        StepTime {
-            step,
-            compute_ms,
-            a2a_blocked_ms: 2.0,
-            other_blocked_ms: 1.0,
-        }
+        StepTime { step, compute_ms, a2a_blocked_ms: 2.0, other_blocked_ms: 1.0 }
     }
 
     #[test]
@@ -207,9 +163,7 @@ mod tests {
         let mut steps: Vec<_> = (0..1000).map(|index| step(index, 10.0)).collect();
         steps[0].compute_ms = 900.0;
         let section = section(&steps).unwrap();
-        assert!(
-            section.caption.contains("mean of 5 steps") && section.caption.contains("took 903 ms")
-        );
+        assert!(section.caption.contains("mean of 5 steps") && section.caption.contains("took 903 ms"));
         assert_eq!(section.body.matches("<g>").count(), 200);
         assert_eq!(section.body.matches('▲').count(), 1);
     }

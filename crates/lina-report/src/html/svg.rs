@@ -33,17 +33,8 @@ pub(super) struct Scale {
 impl Scale {
     /// Maps `from..to` to `start..end`. An empty data range is widened, so that a single value has a place.
     pub(super) fn new((from, to): (f64, f64), (start, end): (f64, f64)) -> Self {
-        let to = if to > from {
-            to
-        } else {
-            from + from.abs().max(1.0) * 1e-3
-        };
-        Self {
-            from,
-            to,
-            start,
-            end,
-        }
+        let to = if to > from { to } else { from + from.abs().max(1.0) * 1e-3 };
+        Self { from, to, start, end }
     }
 
     /// The place of a value.
@@ -55,18 +46,12 @@ impl Scale {
     pub(super) fn ticks(&self, count: usize) -> Ticks {
         let raw = (self.to - self.from) / count.max(1) as f64;
         let power = 10f64.powf(raw.log10().floor());
-        let factor = [1.0, 2.0, 5.0, 10.0]
-            .into_iter()
-            .find(|&f| f * power >= raw * 0.999)
-            .unwrap_or(10.0);
+        let factor = [1.0, 2.0, 5.0, 10.0].into_iter().find(|&f| f * power >= raw * 0.999).unwrap_or(10.0);
         let step = factor * power;
         let decimals = (-step.log10().floor()).clamp(0.0, 9.0) as usize;
         let first = (self.from / step - 1e-9).ceil() as i64;
         let last = (self.to / step + 1e-9).floor() as i64;
-        Ticks {
-            values: (first..=last).map(|index| index as f64 * step).collect(),
-            decimals,
-        }
+        Ticks { values: (first..=last).map(|index| index as f64 * step).collect(), decimals }
     }
 }
 
@@ -126,12 +111,7 @@ impl Plot {
             "<line class=\"base\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{base:.1}\" y2=\"{base:.1}\"/>",
             self.left, self.right
         );
-        for value in ticks
-            .values
-            .iter()
-            .copied()
-            .filter(|value| value.fract() == 0.0)
-        {
+        for value in ticks.values.iter().copied().filter(|value| value.fract() == 0.0) {
             let x = scale.at(value);
             // The unit stands at the right end; a value there would run into it.
             if x < self.right - 40.0 {
@@ -153,20 +133,14 @@ impl Plot {
 
 /// Opens a chart of the given height; `label` tells screen readers what it shows.
 pub(super) fn open(height: f64, label: &str) -> String {
-    format!(
-        "<svg viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-label=\"{}\">",
-        escape(label)
-    )
+    format!("<svg viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-label=\"{}\">", escape(label))
 }
 
 /// A legend of colour classes and their names, as HTML above a chart.
 pub(super) fn legend(entries: &[(&str, &str)]) -> String {
     let mut html = String::from("<div class=\"legend\">");
     for (class, name) in entries {
-        let _ = write!(
-            html,
-            "<span class=\"entry\"><span class=\"swatch {class}\"></span>{name}</span>"
-        );
+        let _ = write!(html, "<span class=\"entry\"><span class=\"swatch {class}\"></span>{name}</span>");
     }
     html.push_str("</div>");
     html
@@ -180,11 +154,7 @@ mod tests {
     fn ticks_are_round_and_within() {
         let ticks = |from, to| {
             let ticks = Scale::new((from, to), (0.0, 1.0)).ticks(5);
-            ticks
-                .values
-                .iter()
-                .map(|&value| ticks.label(value))
-                .collect::<Vec<_>>()
+            ticks.values.iter().map(|&value| ticks.label(value)).collect::<Vec<_>>()
         };
         assert_eq!(ticks(0.0, 1.0), ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]);
         assert_eq!(ticks(3.0, 98.0), ["20", "40", "60", "80"]);
@@ -195,10 +165,7 @@ mod tests {
     #[test]
     fn scales_map_ends_to_ends() {
         let scale = Scale::new((10.0, 20.0), (300.0, 100.0));
-        assert_eq!(
-            [10.0, 15.0, 20.0].map(|value| scale.at(value)),
-            [300.0, 200.0, 100.0]
-        );
+        assert_eq!([10.0, 15.0, 20.0].map(|value| scale.at(value)), [300.0, 200.0, 100.0]);
         assert!(Scale::new((5.0, 5.0), (0.0, 10.0)).at(5.0).is_finite());
     }
 }

@@ -34,12 +34,7 @@ impl Timeline {
         let time = Scale::new((0.0, ms(end_ns)), (0.0, RIGHT - LEFT));
 
         let sorted = in_lane_order(&self.spans);
-        let mut chart = Chart {
-            labels: String::new(),
-            rectangles: String::new(),
-            bottom: TOP,
-            ranks: 0,
-        };
+        let mut chart = Chart { labels: String::new(), rectangles: String::new(), bottom: TOP, ranks: 0 };
         let mut ranks = 0;
         for spans in sorted.chunk_by(|a, b| a.rank == b.rank) {
             ranks += 1;
@@ -55,15 +50,8 @@ impl Timeline {
              <button type=\"button\" data-zoom=\"0.5\" title=\"Zoom out\">−</button>\
              <button type=\"button\" data-zoom=\"0\">whole step</button></div>",
         );
-        body.push_str(&svg::open(
-            chart.bottom + 10.0,
-            "What each rank did in one step",
-        ));
-        let _ = write!(
-            body,
-            "<g class=\"time-axis\" data-left=\"{LEFT}\" data-height=\"{:.1}\">",
-            chart.bottom
-        );
+        body.push_str(&svg::open(chart.bottom + 10.0, "What each rank did in one step"));
+        let _ = write!(body, "<g class=\"time-axis\" data-left=\"{LEFT}\" data-height=\"{:.1}\">", chart.bottom);
         let ticks = time.ticks(10);
         for &value in &ticks.values {
             let x = LEFT + time.at(value);
@@ -152,15 +140,8 @@ impl Chart {
         let (from, to) = (time.at(ms(span.start_ns)), time.at(ms(span.end_ns)));
         // Neighbours of one colour are told apart by their shade, however narrow they are.
         let shade = if odd { " class=\"odd\"" } else { "" };
-        let layer = span
-            .layer
-            .map(|layer| format!(", layer {layer}"))
-            .unwrap_or_default();
-        let size = if span.bytes > 0 {
-            format!(", {}", bytes(span.bytes))
-        } else {
-            String::new()
-        };
+        let layer = span.layer.map(|layer| format!(", layer {layer}")).unwrap_or_default();
+        let size = if span.bytes > 0 { format!(", {}", bytes(span.bytes)) } else { String::new() };
         let _ = write!(
             self.rectangles,
             "<rect{shade} x=\"{from:.3}\" y=\"{:.1}\" width=\"{:.3}\" height=\"{:.1}\"><title>{}{layer}\n\
@@ -191,43 +172,22 @@ mod tests {
     use super::*;
 
     fn span(rank: u32, lane: Lane, start_ns: u64, end_ns: u64) -> TraceSpan {
-        TraceSpan {
-            rank,
-            lane,
-            name: "x".into(),
-            step: 0,
-            layer: None,
-            start_ns,
-            end_ns,
-            bytes: 0,
-        }
+        TraceSpan { rank, lane, name: "x".into(), step: 0, layer: None, start_ns, end_ns, bytes: 0 }
     }
 
     #[test]
     fn times_are_relative_to_the_steps_start() {
-        let spans = vec![
-            span(0, Lane::Compute, 5_000_000, 6_500_000),
-            span(0, Lane::AllToAll, 6_000_000, 8_000_000),
-        ];
+        let spans = vec![span(0, Lane::Compute, 5_000_000, 6_500_000), span(0, Lane::AllToAll, 6_000_000, 8_000_000)];
         let section = Timeline { step: 12, spans }.section().unwrap();
         assert!(section.caption.starts_with("Step 12, 3.00 ms:"));
-        assert!(
-            section.body.contains("1.50 ms at 0.00 ms")
-                && section.body.contains("2.00 ms at 1.00 ms")
-        );
+        assert!(section.body.contains("1.50 ms at 0.00 ms") && section.body.contains("2.00 ms at 1.00 ms"));
     }
 
     #[test]
     fn many_ranks_are_cut_and_that_is_said() {
-        let spans = (0..20)
-            .map(|rank| span(rank, Lane::Compute, 0, 10))
-            .collect();
+        let spans = (0..20).map(|rank| span(rank, Lane::Compute, 0, 10)).collect();
         let section = Timeline { step: 0, spans }.section().unwrap();
-        assert!(
-            section
-                .caption
-                .ends_with("The first 16 of 20 ranks are drawn; the trace has all.")
-        );
+        assert!(section.caption.ends_with("The first 16 of 20 ranks are drawn; the trace has all."));
         assert_eq!(section.body.matches("<rect").count(), 16);
     }
 }

@@ -53,8 +53,8 @@ pub(super) struct Document {
 
 impl Document {
     pub(super) fn read(file: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(file)
-            .map_err(|source| ConfigError::Read { file: file.to_path_buf(), source })?;
+        let text =
+            std::fs::read_to_string(file).map_err(|source| ConfigError::Read { file: file.to_path_buf(), source })?;
         Self::parse(file, &text)
     }
 

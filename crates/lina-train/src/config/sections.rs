@@ -245,6 +245,8 @@ pub struct BenchConfig {
     /// Policies, in the order in which a round runs them.
     #[serde(with = "policy_names")]
     pub policies: Vec<Policy>,
+    /// Steps that `lina bench train` trains before the comparison, so that routing has settled.
+    pub settle_steps: u64,
     /// Measured steps of each policy in each round.
     pub steps: u64,
     /// Steps before them, in which a policy's plans settle.
@@ -255,7 +257,7 @@ pub struct BenchConfig {
 
 impl Default for BenchConfig {
     fn default() -> Self {
-        BenchConfig { policies: Policy::ALL.to_vec(), steps: 6, warmup_steps: 3, rounds: 1 }
+        BenchConfig { policies: Policy::ALL.to_vec(), settle_steps: 0, steps: 6, warmup_steps: 3, rounds: 1 }
     }
 }
 

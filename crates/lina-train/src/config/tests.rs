@@ -103,8 +103,10 @@ fn overrides_take_toml_and_bare_words() {
     assert_eq!(load("", &["data=[ab].txt"]).unwrap().data.files, ["[ab].txt"]);
 
     let words = ["lina".to_owned(), "fair".to_owned()];
-    let overrides =
-        [Override::option("--ranks", "cluster.ranks", "2").unwrap(), Override::words("--policies", "bench.policies", &words)];
+    let overrides = [
+        Override::option("--ranks", "cluster.ranks", "2").unwrap(),
+        Override::words("--policies", "bench.policies", &words),
+    ];
     let config = RunConfig::parse(Path::new("run.toml"), MINIMAL, &overrides).unwrap();
     assert_eq!(config.cluster.ranks, 2);
     assert_eq!(config.bench_or_default().policies, [Policy::Lina, Policy::Fair]);
@@ -112,7 +114,10 @@ fn overrides_take_toml_and_bare_words() {
 
 #[test]
 fn a_file_is_refused_with_its_line() {
-    check_file("[train]\nlearnin_rate = 1", "run.toml line 13: unknown key `train.learnin_rate`, did you mean `learning_rate`?");
+    check_file(
+        "[train]\nlearnin_rate = 1",
+        "run.toml line 13: unknown key `train.learnin_rate`, did you mean `learning_rate`?",
+    );
     check_file("[trian]\nsteps = 1", "run.toml line 12: unknown key `trian`, did you mean `train`?");
     check_file(
         "[cluster.device]\ngflops = 1\ncopy_gbps = 1",
@@ -122,13 +127,22 @@ fn a_file_is_refused_with_its_line() {
         "[policy]\nzzz = 1",
         "run.toml line 13: unknown key `policy.zzz`, expected one of name, bucket_bytes, partition_bytes, pipeline_chunks",
     );
-    check_file("[train]\nsteps = \"ten\"", "run.toml line 13: `train.steps` is \"ten\", expected a whole number of at least 0");
+    check_file(
+        "[train]\nsteps = \"ten\"",
+        "run.toml line 13: `train.steps` is \"ten\", expected a whole number of at least 0",
+    );
     check_file("[train]\nsteps = 1.5", "run.toml line 13: `train.steps` is 1.5, expected a whole number of at least 0");
     check_file("[train]\nsteps = -1", "run.toml line 13: `train.steps` is -1, expected a whole number of at least 0");
     check_file("[train]\nlearning_rate = []", "run.toml line 13: `train.learning_rate` is a list, expected a number");
-    check_file("[train]\ndocument_masking = 1", "run.toml line 13: `train.document_masking` is 1, expected true or false");
+    check_file(
+        "[train]\ndocument_masking = 1",
+        "run.toml line 13: `train.document_masking` is 1, expected true or false",
+    );
     check_file("[cluster]\nlink = [1]", "run.toml line 13: `cluster.link` is a list, expected a table");
-    check_file("[cluster]\nlink = { gbps = 1, launch_us = 1 }", "run.toml line 13: `cluster.link` has no `latency_us`, which it needs");
+    check_file(
+        "[cluster]\nlink = { gbps = 1, launch_us = 1 }",
+        "run.toml line 13: `cluster.link` has no `latency_us`, which it needs",
+    );
     check_file("eval_files = \"x\"", "run.toml line 12: `data.eval_files` is \"x\", expected a list");
     check_file("eval_files = [\n\"x\",\n1]", "run.toml line 14: `data.eval_files[1]` is 1, expected a string");
     check_file(
@@ -145,12 +159,18 @@ fn a_file_is_refused_with_its_line() {
         "[bench]\npolicies = [\"fair\", \"fair\"]",
         "run.toml line 13: `bench.policies` has `fair` twice, expected each policy once",
     );
-    check_file("[cluster]\nengine = \"tcp\"", "run.toml line 13: `cluster.engine` is \"tcp\", expected one of local, mpi, nccl");
+    check_file(
+        "[cluster]\nengine = \"tcp\"",
+        "run.toml line 13: `cluster.engine` is \"tcp\", expected one of local, mpi, nccl",
+    );
     check_file(
         "[cluster]\nengine = \"mpi\"",
         "run.toml line 13: this build has no engine `mpi`, it has `local`; `lina doctor` says more",
     );
-    check_file("[train]\nsteps = 99999999999999999999", "run.toml line 13: 99999999999999999999 is too large, expected at most 9223372036854775807");
+    check_file(
+        "[train]\nsteps = 99999999999999999999",
+        "run.toml line 13: 99999999999999999999 is too large, expected at most 9223372036854775807",
+    );
     let error = load("[train\n", &[]).unwrap_err();
     assert!(error.starts_with("run.toml line 12: ") && !error.contains('\n'), "{error}");
 }
@@ -158,9 +178,15 @@ fn a_file_is_refused_with_its_line() {
 #[test]
 fn impossible_values_are_refused() {
     check_set("train.steps=0", "`train.steps` is 0, expected a number from 1 to 1099511627776");
-    check_set("train.sequence_tokens=4096", "`train.sequence_tokens` is 4096, expected at most the model's max_positions = 2048");
+    check_set(
+        "train.sequence_tokens=4096",
+        "`train.sequence_tokens` is 4096, expected at most the model's max_positions = 2048",
+    );
     check_set("train.batch_sequences=0", "`train.batch_sequences` is 0, expected a number from 1 to 1048576");
-    check_set("train.micro_batches=17", "`train.micro_batches` is 17, expected a number from 1 to batch_sequences = 16");
+    check_set(
+        "train.micro_batches=17",
+        "`train.micro_batches` is 17, expected a number from 1 to batch_sequences = 16",
+    );
     check_set("train.learning_rate=0", "`train.learning_rate` is 0, expected a number above 0");
     check_set("train.learning_rate=nan", "`train.learning_rate` is NaN, expected a number above 0");
     check_set("train.min_learning_rate_ratio=2", "`train.min_learning_rate_ratio` is 2, expected a number from 0 to 1");
@@ -187,7 +213,10 @@ fn impossible_values_are_refused() {
         load(cluster, &["cluster.link.gbps=1", "cluster.device.gflops=0"]).unwrap_err(),
         "--set cluster.device.gflops=0: `cluster.device.gflops` is 0, expected a number above 0"
     );
-    assert_eq!(load("", &["model.top_k=9"]).unwrap_err(), "run.toml: [model]: `top_k` is 9, expected at most experts = 4");
+    assert_eq!(
+        load("", &["model.top_k=9"]).unwrap_err(),
+        "run.toml: [model]: `top_k` is 9, expected at most experts = 4"
+    );
     assert_eq!(
         RunConfig::parse(Path::new("run.toml"), "", &[]).unwrap_err().to_string(),
         "run.toml: [model]: expected exactly one of `kind`, `preset` and `path`"

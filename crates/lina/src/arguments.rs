@@ -1,0 +1,224 @@
+//! What can be typed: commands, options and their help.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use lina_train::{ConfigError, Override, RunConfig};
+
+/// Trains Mixture-of-Experts language models with expert parallelism, and keeps the all-to-all off the critical path.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  lina doctor
+  lina train examples/quickstart.toml --out runs/first
+  lina train examples/quickstart.toml --policy fair --set train.learning_rate=3e-4 --json
+  lina bench train examples/quickstart.toml --policies fair,lina
+  lina eval runs/first/checkpoint-300 --data README.md
+
+Exit codes: 0 success, 1 a lost rank or a bug, 2 bad input, 130 stopped by ctrl-C.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Trains a model.
+    #[command(after_help = TRAIN_EXAMPLES)]
+    Train(TrainArguments),
+    /// Measures.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// Measures the loss of a model on a text.
+    #[command(after_help = EVAL_EXAMPLES)]
+    Eval(EvalArguments),
+    /// Says what this machine has, and what each engine lacks.
+    Doctor(DoctorArguments),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Compares communication policies on one model, in interleaved rounds of one run.
+    #[command(after_help = BENCH_TRAIN_EXAMPLES)]
+    Train(BenchTrainArguments),
+    /// Measures a training step's arithmetic against its bare matrix products, on one rank.
+    #[command(after_help = BENCH_COMPUTE_EXAMPLES)]
+    Compute(BenchComputeArguments),
+}
+
+const TRAIN_EXAMPLES: &str = "\
+With --out, the run's folder gets config.toml, metrics.jsonl, trace.json (for ui.perfetto.dev),
+report.html and checkpoints as Hugging Face folders. The first ctrl-C ends the run after the step
+under way, with a checkpoint; the second one ends it at once.
+
+Examples:
+  lina train examples/quickstart.toml --out runs/first
+  lina train examples/quickstart.toml --ranks 2 --steps 50 --set data='books/**/*.txt'
+  lina train examples/quickstart.toml --resume runs/first/checkpoint-300 --steps 600
+On the wall clock instead of an emulated cluster's:
+  lina train examples/quickstart.toml --set cluster.link= --set cluster.device=";
+
+const BENCH_TRAIN_EXAMPLES: &str = "\
+Examples:
+  lina bench train examples/quickstart.toml
+  lina bench train examples/quickstart.toml --policies fair,lina --set cluster.link.gbps=10 --json";
+
+const BENCH_COMPUTE_EXAMPLES: &str = "\
+Example:
+  lina bench compute examples/compute.toml --rounds 5";
+
+const EVAL_EXAMPLES: &str = "\
+The loss is the mean over consecutive windows of T tokens with T-1 predictions each; a last partial
+window is dropped. A folder without tokenizer.json is byte-level.
+
+Example:
+  lina eval runs/first/checkpoint-300 --data README.md --seq-tokens 128";
+
+/// A configuration file and changes to it.
+#[derive(Debug, Args)]
+pub(crate) struct ConfigArguments {
+    /// Configuration file.
+    #[arg(value_name = "CONFIG.toml")]
+    config: PathBuf,
+    /// Changes a key of the configuration, as in train.steps=10; may be repeated. The value is TOML or a bare word,
+    /// `data=GLOB` is short for data.files, and nothing after the `=` removes the key.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Further assignments after one `--set`.
+    #[arg(value_name = "KEY=VALUE", hide = true)]
+    more: Vec<String>,
+}
+
+impl ConfigArguments {
+    /// Loads the configuration: the file, then the assignments, then `options`.
+    pub(crate) fn load(&self, options: Vec<Option<Override>>) -> Result<RunConfig, ConfigError> {
+        let mut overrides = Vec::new();
+        for assignment in self.set.iter().chain(&self.more) {
+            overrides.push(Override::set(assignment)?);
+        }
+        overrides.extend(options.into_iter().flatten());
+        RunConfig::load(&self.config, &overrides)
+    }
+}
+
+/// How results are shown.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct OutputArguments {
+    /// Prints one JSON object on stdout instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Shows no progress and no tables on stderr.
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TrainArguments {
+    #[command(flatten)]
+    pub(crate) config: ConfigArguments,
+    /// Number of ranks [short for cluster.ranks].
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub(crate) ranks: Option<String>,
+    /// local, mpi or nccl, if this build has it [short for cluster.engine].
+    #[arg(long, value_name = "ENGINE")]
+    pub(crate) engine: Option<String>,
+    /// Communication policy: fair, priority, fixed or lina [short for policy.name].
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) policy: Option<String>,
+    /// Steps of the whole run [short for train.steps].
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub(crate) steps: Option<String>,
+    /// Folder of the run; nothing is written without it.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Checkpoint, or folder of a run, to go on from.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) resume: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) output: OutputArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchTrainArguments {
+    #[command(flatten)]
+    pub(crate) config: ConfigArguments,
+    /// Policies to compare, with commas between [short for bench.policies; default: all].
+    #[arg(long, value_name = "P,P,...", value_delimiter = ',')]
+    pub(crate) policies: Vec<String>,
+    /// Times that every policy has its turn [short for bench.rounds].
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub(crate) rounds: Option<String>,
+    /// Number of ranks [short for cluster.ranks].
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub(crate) ranks: Option<String>,
+    /// local, mpi or nccl, if this build has it [short for cluster.engine].
+    #[arg(long, value_name = "ENGINE")]
+    pub(crate) engine: Option<String>,
+    #[command(flatten)]
+    pub(crate) output: OutputArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchComputeArguments {
+    #[command(flatten)]
+    pub(crate) config: ConfigArguments,
+    /// Measured rounds [short for bench.rounds].
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub(crate) rounds: Option<String>,
+    #[command(flatten)]
+    pub(crate) output: OutputArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalArguments {
+    /// Hugging Face folder with config.json and model.safetensors.
+    #[arg(value_name = "MODEL_DIR")]
+    pub(crate) model: PathBuf,
+    /// Text or .jsonl file, or a glob of them.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: PathBuf,
+    /// Tokens of a window [default: the model's positions, at most 1024].
+    #[arg(long, value_name = "T")]
+    pub(crate) seq_tokens: Option<usize>,
+    /// Number of ranks.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) ranks: usize,
+    /// Threads that compute for one rank; 0 shares the cores out.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+    #[command(flatten)]
+    pub(crate) output: OutputArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArguments {
+    /// Prints one JSON object on stdout instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn arguments_are_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn assignments_may_be_repeated_or_follow_each_other() {
+        for line in
+            ["lina train --set a=1 x.toml --set b=2", "lina train x.toml --set a=1 b=2", "lina train x.toml a=1 b=2"]
+        {
+            let Command::Train(train) = Arguments::try_parse_from(line.split(' ')).unwrap().command else {
+                panic!("{line}")
+            };
+            let assignments: Vec<_> = train.config.set.iter().chain(&train.config.more).collect();
+            assert_eq!(assignments, ["a=1", "b=2"], "{line}");
+        }
+    }
+}
