@@ -25,7 +25,8 @@ pub struct PolicyRow {
     pub a2a_backward_alone_ms: Option<f64>,
     /// The former over the latter.
     pub a2a_slowdown: Option<f64>,
-    /// Share of the step in which the compute lane waits for allreduce, 0 to 1.
+    /// Time that the step's allreduces need with the link to themselves, over the step, 0 to 1; where that is not
+    /// known, the time they were on the wire.
     pub allreduce_share: f64,
     /// Median time of a step in which the compute lane waits for any communication.
     pub blocked_ms_median: f64,
@@ -48,7 +49,7 @@ pub fn policy_table(rows: &[PolicyRow], emulated: bool, link_bound_ms: Option<f6
         ("step ms\np95", Right),
         ("speed-up\nover fair", Right),
         ("waits for\nall-to-all", Right),
-        ("waits for\nallreduce", Right),
+        ("allreduce\nof step", Right),
         ("blocked\nms", Right),
         ("backward\na2a ms", Right),
         ("the same\nalone", Right),
@@ -126,8 +127,8 @@ pub(crate) mod tests {
             text,
             "\
 Times are emulated (virtual time of an emulated cluster). The busiest link alone needs 12.3 ms a step.
-        step ms  step ms   speed-up   waits for  waits for  blocked  backward  the same  slow-  bound  step /
-policy   median      p95  over fair  all-to-all  allreduce       ms    a2a ms     alone   down     ms   bound
+        step ms  step ms   speed-up   waits for  allreduce  blocked  backward  the same  slow-  bound  step /
+policy   median      p95  over fair  all-to-all    of step       ms    a2a ms     alone   down     ms   bound
 ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 fair       29.0     31.9      1.00x      31.4 %      5.0 %     10.0      4.50      2.46  1.83x      –       –
 lina       18.5     20.4      1.57x      31.4 %      5.0 %     10.0      4.50      2.46  1.83x      –       –
