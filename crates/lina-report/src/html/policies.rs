@@ -132,7 +132,7 @@ impl PolicyComparison {
             ("Step, 95th percentile", "ms"),
             ("Speed‑up over fair", ""),
             ("Waiting for all‑to‑all", "of the step"),
-            ("Waiting for allreduce", "of the step"),
+            ("Allreduce, alone", "of the step"),
             ("Blocked", "ms"),
             ("Backward all‑to‑all", "ms"),
             ("The same alone", "ms"),
