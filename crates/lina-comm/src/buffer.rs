@@ -141,6 +141,14 @@ impl Region {
         unsafe { std::slice::from_raw_parts_mut(self.storage.elements.add(self.range.start), self.range.len()) }
     }
 
+    /// Address of element `index`, for engines that hand parts of the region to somebody else.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn address(&mut self, index: usize) -> *mut f32 {
+        assert!(index <= self.range.len());
+        // SAFETY: within the buffer, or one past its end.
+        unsafe { self.storage.elements.add(self.range.start + index) }
+    }
+
     /// Appends the region that follows this one in the same buffer. Returns it if it does not follow.
     pub(crate) fn join(&mut self, mut next: Region) -> Result<(), Region> {
         if !Arc::ptr_eq(&self.storage, &next.storage) || self.range.end != next.range.start {

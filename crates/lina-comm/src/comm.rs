@@ -1,6 +1,7 @@
 //! The handle of a rank's compute thread.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use lina_plan::{GapPlan, GapTimings, GroupId, MoeShape, Nanos, PolicyRules};
 
@@ -38,6 +39,8 @@ pub(crate) enum Submission {
     Flush,
     /// A small blocking sum over all ranks.
     Control(Vec<f64>),
+    /// Other reduction groups from here on, between two steps: for the body, the brain need not know.
+    Groups(Arc<Vec<Vec<usize>>>),
 }
 
 /// One rank's side of a body: takes submissions, keeps the clock.
@@ -51,6 +54,8 @@ pub(crate) trait Port: Send {
     fn wait_control(&mut self) -> Result<Vec<f64>, CommError>;
     /// What the brain wants to know of the step.
     fn timings(&self) -> GapTimings;
+    /// What the step has taken so far.
+    fn stats(&self) -> StepStats;
     /// Ends the step: what it took.
     fn end_step(&mut self) -> StepStats;
     /// Turns recording of spans on or off and takes what was recorded.
@@ -70,9 +75,14 @@ pub struct Comm {
     ranks: usize,
     rules: PolicyRules,
     /// Members of each group.
-    groups: Vec<usize>,
+    groups: Arc<Vec<Vec<usize>>>,
     next_plan: GapPlan,
+    /// All-to-alls submitted in this step.
     all_to_alls: u32,
+    /// Of which not yet waited for.
+    unclaimed: u32,
+    /// Whether this micro-batch's gradients are reduced.
+    reduces: bool,
     timings: GapTimings,
 }
 
@@ -89,9 +99,11 @@ impl Comm {
             rank,
             ranks,
             rules,
-            groups: groups.iter().map(Vec::len).collect(),
+            groups: Arc::new(groups.to_vec()),
             next_plan: GapPlan::default(),
             all_to_alls: 0,
+            unclaimed: 0,
+            reduces: true,
             timings: GapTimings::default(),
         }
     }
@@ -130,14 +142,19 @@ impl Comm {
         self.port.work(work)
     }
 
-    /// Hands over one all-to-all micro-op; returns at once. Launches at once under every policy.
+    /// Hands over one all-to-all micro-op; returns at once. Launches at once under every policy. Every ticket is waited
+    /// for before the next step begins, in any order.
     ///
     /// # Errors
     /// If the job has failed elsewhere.
+    ///
+    /// # Panics
+    /// If the exchange's counts and buffers contradict each other.
     pub fn all_to_all(&mut self, exchange: Exchange) -> Result<Ticket, CommError> {
         exchange.check(self.ranks);
         self.port.submit(Submission::AllToAll(exchange))?;
         self.all_to_alls += 1;
+        self.unclaimed += 1;
         Ok(Ticket(self.all_to_alls - 1))
     }
 
@@ -146,18 +163,29 @@ impl Comm {
     /// # Errors
     /// If a rank fails or falls silent.
     pub fn wait(&mut self, ticket: Ticket) -> Result<Exchange, CommError> {
-        self.port.wait_all_to_all(ticket.0)
+        let exchange = self.port.wait_all_to_all(ticket.0)?;
+        self.unclaimed -= 1;
+        Ok(exchange)
     }
 
     /// Hands over a finished gradient to be summed over its group, in rank order; returns at once. Before the last
-    /// micro-batch of a step it does nothing, so that the caller need not know which one that is.
+    /// micro-batch of a step the gradient stays with the caller, who need not know which one that is.
     ///
     /// # Errors
     /// If the job has failed elsewhere.
+    ///
+    /// # Panics
+    /// If there is no such group, if `local` is given on a rank outside the group or missing on one inside, if its
+    /// length is not `elements`, or if a part of it is being reduced already.
     pub fn reduce_gradient(&mut self, gradient: GradientRegion<'_>) -> Result<(), CommError> {
-        let region = gradient.local.map(|(buffer, range)| {
+        let (rank, group) = (self.rank, gradient.group.0);
+        let member = self.groups.get(group as usize).map(|members| members.contains(&rank));
+        assert_eq!(Some(gradient.local.is_some()), member, "rank {rank} reduces memory of its own in group {group}");
+        let region = gradient.local.and_then(|(buffer, range)| {
             assert_eq!(range.len(), gradient.elements, "a gradient has the same size on all ranks");
-            buffer.lend(range)
+            // What is not reduced is not lent either: the next micro-batch adds to it, perhaps before the
+            // communication thread has looked at this one.
+            self.reduces.then(|| buffer.lend(range))
         });
         self.port.submit(Submission::Gradient { group: gradient.group, elements: gradient.elements, region })
     }
@@ -166,10 +194,12 @@ impl Comm {
     ///
     /// # Errors
     /// If the job has failed elsewhere.
+    ///
+    /// # Panics
+    /// If an all-to-all of the last step has not been waited for.
     pub fn begin_step(&mut self, step: u64) -> Result<(), CommError> {
-        self.all_to_alls = 0;
         let plan = std::mem::take(&mut self.next_plan);
-        self.port.submit(Submission::BeginStep { step, rules: self.rules, plan })
+        self.begin(step, plan)
     }
 
     /// Begins forward passes without gradients, between two steps; end with [`end_step`](Self::end_step). The plan
@@ -177,9 +207,19 @@ impl Comm {
     ///
     /// # Errors
     /// If the job has failed elsewhere.
+    ///
+    /// # Panics
+    /// If an all-to-all of the last step has not been waited for.
     pub fn begin_evaluation(&mut self, step: u64) -> Result<(), CommError> {
+        self.begin(step, GapPlan::default())
+    }
+
+    fn begin(&mut self, step: u64, plan: GapPlan) -> Result<(), CommError> {
+        // Tickets count within a step: one left over would be taken for the next step's.
+        assert_eq!(self.unclaimed, 0, "rank {} begins step {step} with all-to-alls that nobody waited for", self.rank);
         self.all_to_alls = 0;
-        self.port.submit(Submission::BeginStep { step, rules: self.rules, plan: GapPlan::default() })
+        self.reduces = true;
+        self.port.submit(Submission::BeginStep { step, rules: self.rules, plan })
     }
 
     /// Begins a micro-batch; `last` if it is the step's last one, whose gradients are reduced.
@@ -187,6 +227,7 @@ impl Comm {
     /// # Errors
     /// If the job has failed elsewhere.
     pub fn begin_micro_batch(&mut self, last: bool) -> Result<(), CommError> {
+        self.reduces = last;
         self.port.submit(Submission::BeginMicroBatch { last })
     }
 
@@ -200,7 +241,8 @@ impl Comm {
     }
 
     /// Sums `values` over all ranks, in rank order, the same bits on all: norms, losses, flags. The step's timings
-    /// travel along, and the next step's plan is made from their sum, so that all ranks hold the same.
+    /// travel along, and the next step's plan is made from their sum, so that all ranks hold the same. Comes after
+    /// [`finish_gradients`](Self::finish_gradients), which completes those timings.
     ///
     /// # Errors
     /// If a rank fails or falls silent.
@@ -212,7 +254,7 @@ impl Comm {
         let sum = self.port.wait_control()?;
         values.copy_from_slice(&sum[..values.len()]);
         let agreed = self.timings.decode_sum(&sum[values.len()..], &self.groups);
-        self.next_plan = GapPlan::new(&self.rules, &agreed);
+        self.next_plan = GapPlan::new(&self.rules, &agreed, &self.groups);
         Ok(())
     }
 
@@ -226,6 +268,12 @@ impl Comm {
         Ok(())
     }
 
+    /// What the step has taken so far. After [`finish_gradients`](Self::finish_gradients) its all-to-alls, gradients
+    /// and experts' work are complete.
+    pub fn stats(&self) -> StepStats {
+        self.port.stats()
+    }
+
     /// Ends the step, after the parameter update: what it took.
     pub fn end_step(&mut self) -> StepStats {
         self.port.end_step()
@@ -236,6 +284,25 @@ impl Comm {
         self.rules = rules;
         self.timings = GapTimings::default();
         self.next_plan = GapPlan::default();
+    }
+
+    /// Changes the reduction groups from the next step on, because experts have other holders; every rank does so
+    /// between the same two steps, with the same `groups` (members ascending, group 0 all ranks). What was measured of
+    /// gradients is forgotten: there are others now.
+    ///
+    /// # Errors
+    /// If the job has failed elsewhere.
+    ///
+    /// # Panics
+    /// If group 0 is not all ranks, or an all-to-all has not been waited for.
+    pub fn set_groups(&mut self, groups: &[Vec<usize>]) -> Result<(), CommError> {
+        assert!(groups.first().is_some_and(|all| all.iter().copied().eq(0..self.ranks)), "group 0 is all ranks");
+        assert_eq!(self.unclaimed, 0, "groups change between steps");
+        self.groups = Arc::new(groups.to_vec());
+        self.port.submit(Submission::Groups(Arc::clone(&self.groups)))?;
+        self.timings = GapTimings::default();
+        self.next_plan = GapPlan::default();
+        Ok(())
     }
 
     /// Turns recording of spans on or off and takes what was recorded.

@@ -112,7 +112,6 @@ impl Driver {
                 self.exchanges.push_back(exchange);
             }
             Submission::Gradient { group, elements, region } => {
-                // A gradient that is not reduced goes straight back to its owner.
                 if elements > 0 && self.sequencer.reduces() {
                     let slot = group.0 as usize;
                     if self.gradients.len() <= slot {
@@ -124,6 +123,7 @@ impl Driver {
             }
             Submission::Flush => self.sequencer.flush(now),
             Submission::Control(values) => self.control = Some(values),
+            Submission::Groups(_) => unreachable!("the body takes groups itself"),
         }
     }
 
@@ -131,8 +131,8 @@ impl Driver {
         self.sequencer.all_to_all_done(now);
     }
 
-    pub(crate) fn all_reduce_done(&mut self, now: Nanos, member: bool) {
-        self.sequencer.all_reduce_done(now, member);
+    pub(crate) fn all_reduce_done(&mut self, now: Nanos, index: u32, member: bool) {
+        self.sequencer.all_reduce_done(now, index, member);
     }
 
     pub(crate) fn gradients_finished(&self) -> bool {

@@ -10,6 +10,7 @@
 //! it waits for, so it does not hold the horizon back. Whichever thread moves the horizon processes what it frees.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,7 @@ use crate::bound::{ProgramOp, StepBound, makespan};
 use crate::comm::{Port, Submission};
 use crate::delay::Delays;
 use crate::driver::{Driver, Operation, Reduction};
-use crate::transfer::{exchange_all, sum_control, sum_pieces};
+use crate::transfer::{check_exchanges, check_reductions, exchange_all, sum_control, sum_pieces};
 use crate::wire::{Channel, CollectiveId, Completion, Shape, Wire};
 use crate::{Comm, CommError, Exchange, Lane, Span, StepStats, Work, WorkKind};
 
@@ -38,7 +39,7 @@ pub struct EmulatedConfig {
     pub topology: Topology,
     /// Every rank's device.
     pub device: Device,
-    /// Members of each reduction group; group 0 is all ranks.
+    /// Members of each reduction group, ascending; group 0 is all ranks.
     pub groups: Vec<Vec<usize>>,
     /// How long a rank's thread may be silent, on the wall clock, before the job ends.
     pub timeout: Duration,
@@ -61,7 +62,7 @@ impl EmulatedCluster {
         let state = State {
             wire: Wire::new(&config.topology),
             ranks: (0..ranks).map(|_| RankState::new(config.log_launches)).collect(),
-            groups: config.groups,
+            groups: Arc::new(config.groups),
             in_flight: BTreeMap::new(),
             completions: Vec::new(),
             failure: None,
@@ -91,7 +92,7 @@ impl EmulatedCluster {
             .collect()
     }
 
-    /// Takes the bounds of the steps that have ended.
+    /// Takes the bounds of the steps that have ended, evaluation passes excluded.
     pub fn take_bounds(&self) -> Vec<StepBound> {
         std::mem::take(&mut self.shared.lock().bounds)
     }
@@ -112,7 +113,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A rank that panics does so outside of the lock or has left a failure behind; the state stays usable.
+        // Whoever panicked has left a failure behind, after which nobody relies on the state (`State::process`).
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
@@ -200,6 +201,10 @@ impl RankState {
         }
     }
 
+    fn stats_so_far(&self) -> StepStats {
+        StepStats { step: self.clock - self.step_start, ..self.stats }
+    }
+
     fn span(&mut self, rank: usize, lane: Lane, name: &'static str, details: SpanDetails) {
         if self.recording {
             let SpanDetails { layer, part, start, end, bytes } = details;
@@ -226,7 +231,7 @@ enum Payload {
 struct State {
     wire: Wire,
     ranks: Vec<RankState>,
-    groups: Vec<Vec<usize>>,
+    groups: Arc<Vec<Vec<usize>>>,
     in_flight: BTreeMap<CollectiveId, Vec<(usize, Payload)>>,
     completions: Vec<Completion>,
     failure: Option<CommError>,
@@ -234,10 +239,22 @@ struct State {
 }
 
 impl State {
+    /// Processes what may happen, on the thread of `rank`. Returns whether waiting ranks have something to wake up for:
+    /// their results or a failure, after which nothing is processed any more.
+    fn process(&mut self, rank: usize) -> bool {
+        if self.failure.is_none() {
+            match catch_unwind(AssertUnwindSafe(|| self.process_events())) {
+                Ok(released) => return released || self.failure.is_some(),
+                Err(panic) => self.failure = Some(CommError::panicked(rank, &*panic)),
+            }
+        }
+        true
+    }
+
     /// Processes every event before the horizon. Returns whether a waiting rank was released.
-    fn process(&mut self) -> bool {
+    fn process_events(&mut self) -> bool {
         let mut released = false;
-        loop {
+        while self.failure.is_none() {
             let running = self.ranks.iter().filter(|rank| rank.status == Status::Running);
             let horizon = running.map(|rank| rank.clock).min().unwrap_or(Nanos::MAX);
             let submission = (self.ranks.iter().enumerate())
@@ -249,6 +266,11 @@ impl State {
                 (Some(at), _) if at < horizon => released |= self.advance_wire(at),
                 (None, Some((at, rank))) if at < horizon => {
                     let (_, submission) = self.ranks[rank].inbox.pop_front().expect("it was the front");
+                    if let Submission::Groups(groups) = submission {
+                        // Between steps nothing is under way, and all ranks bring the same.
+                        self.groups = groups;
+                        continue;
+                    }
                     if matches!(submission, Submission::BeginStep { .. }) {
                         self.ranks[rank].gradients_done = None;
                     }
@@ -259,25 +281,34 @@ impl State {
                     released |= self.release(rank);
                 }
                 (None, None) => {
-                    self.blame_the_gone();
-                    return released || self.failure.is_some();
+                    self.failure = self.deadlock();
+                    break;
                 }
-                _ => return released,
+                _ => break,
             }
         }
+        released
     }
 
-    /// If all that are left wait and nothing is to come, a rank that has gone is the reason.
-    fn blame_the_gone(&mut self) {
-        let is = |status: fn(&Status) -> bool| self.ranks.iter().position(|rank| status(&rank.status));
-        let running = is(|status| matches!(status, Status::Running));
-        let waiting = is(|status| matches!(status, Status::Waiting(_)));
-        if let (None, Some(_), Some(rank), None) =
-            (running, waiting, is(|status| matches!(status, Status::Gone)), &self.failure)
-        {
-            let reason = "it left while other ranks waited for it".to_owned();
-            self.failure = Some(CommError::RankFailed { rank, reason });
+    /// Why all ranks that are left wait although nothing is to come, if they do: a rank has gone, or their programs
+    /// differ.
+    fn deadlock(&self) -> Option<CommError> {
+        if self.ranks.iter().any(|state| state.status == Status::Running) {
+            return None;
         }
+        let mut waiting = self.ranks.iter().enumerate().filter_map(|(rank, state)| match state.status {
+            Status::Waiting(awaited) => Some((rank, awaited)),
+            _ => None,
+        });
+        let (rank, awaited) = waiting.next()?;
+        if let Some(gone) = self.ranks.iter().position(|state| state.status == Status::Gone) {
+            return Some(CommError::left(gone));
+        }
+        let mut reason = format!("it waits for {} in vain", awaited.name());
+        if let Some((other, awaited)) = waiting.find(|(_, other)| *other != awaited) {
+            reason = format!("{reason}, as rank {other} does for {}", awaited.name());
+        }
+        Some(CommError::RankFailed { rank, reason: format!("{reason}: the ranks' programs differ") })
     }
 
     fn advance_wire(&mut self, at: Nanos) -> bool {
@@ -285,7 +316,12 @@ impl State {
         self.wire.advance(at, &mut completions);
         let mut released = false;
         for completion in completions.drain(..) {
-            released |= self.complete(completion);
+            match self.complete(completion) {
+                Ok(freed) => released |= freed,
+                Err(failure) => {
+                    self.failure.get_or_insert(failure);
+                }
+            }
         }
         self.completions = completions;
         released
@@ -293,7 +329,6 @@ impl State {
 
     /// Hands what the brain has decided to the wire.
     fn launch(&mut self, now: Nanos, rank: usize) {
-        let ranks = self.ranks.len();
         loop {
             let started = Instant::now();
             let operation = self.ranks[rank].driver.next_operation();
@@ -311,14 +346,14 @@ impl State {
                     let bytes = (reduction.elements * size_of::<f32>()) as u64;
                     let id = self.wire.launch(now, rank, Channel::AllReduce, Shape::AllReduce { members, bytes });
                     if !members.contains(&rank) {
-                        self.ranks[rank].driver.all_reduce_done(now, false);
+                        self.ranks[rank].driver.all_reduce_done(now, reduction.index, false);
                         continue;
                     }
                     (id, Payload::Reduction(reduction))
                 }
                 Some(Operation::Control(values)) => {
-                    let members: Vec<usize> = (0..ranks).collect();
-                    let shape = Shape::AllReduce { members: &members, bytes: size_of_val(values.as_slice()) as u64 };
+                    let members = &self.groups[GroupId::WORLD.0 as usize];
+                    let shape = Shape::AllReduce { members, bytes: size_of_val(values.as_slice()) as u64 };
                     (self.wire.launch(now, rank, Channel::Control, shape), Payload::Control(values))
                 }
             };
@@ -330,8 +365,11 @@ impl State {
         }
     }
 
-    /// Moves a complete collective's data and tells its members.
-    fn complete(&mut self, completion: Completion) -> bool {
+    /// Moves a complete collective's data and tells its members. Returns whether a waiting rank was released.
+    ///
+    /// # Errors
+    /// If what the members brought does not fit together.
+    fn complete(&mut self, completion: Completion) -> Result<bool, CommError> {
         let Completion { id, begin, end, alone } = completion;
         let mut parts = self.in_flight.remove(&id).expect("what completes was launched");
         parts.sort_by_key(|(rank, _)| *rank);
@@ -344,12 +382,13 @@ impl State {
                         _ => unreachable!("channels carry one class"),
                     })
                     .unzip();
+                check_exchanges(&exchanges)?;
                 exchange_all(&mut exchanges);
                 for (rank, (index, exchange)) in indices.into_iter().zip(exchanges).enumerate() {
                     let state = &mut self.ranks[rank];
                     let kind = exchange.kind;
                     let bytes = exchange.sent_bytes(rank);
-                    state.stats.exchanged(kind.direction, end - begin, alone, bytes);
+                    state.stats.exchanged(&kind, end - begin, alone, bytes);
                     let part = (kind.chunk, kind.chunks);
                     let details = SpanDetails { layer: Some(kind.layer), part, start: begin, end, bytes };
                     state.span(rank, Lane::AllToAll, kind.name(), details);
@@ -364,6 +403,7 @@ impl State {
                         _ => unreachable!("channels carry one class"),
                     })
                     .collect();
+                check_reductions(members.iter().copied().zip(&reductions))?;
                 sum_pieces(&mut reductions);
                 for (&rank, reduction) in members.iter().zip(reductions) {
                     let state = &mut self.ranks[rank];
@@ -373,16 +413,17 @@ impl State {
                     let details = SpanDetails { layer: None, part: (reduction.index, 0), start: begin, end, bytes };
                     state.span(rank, Lane::AllReduce, "allreduce", details);
                     // The memory is the owner's again before anybody hears of it.
+                    let index = reduction.index;
                     drop(reduction);
-                    state.driver.all_reduce_done(end, true);
+                    state.driver.all_reduce_done(end, index, true);
                 }
             }
             Channel::Control => {
-                let values = parts.into_iter().map(|(_, payload)| match payload {
-                    Payload::Control(values) => values,
+                let values = parts.into_iter().map(|(rank, payload)| match payload {
+                    Payload::Control(values) => (rank, values),
                     _ => unreachable!("channels carry one class"),
                 });
-                let sum = sum_control(values);
+                let sum = sum_control(values)?;
                 for &rank in &members {
                     self.ranks[rank].control = Some((end, sum.clone()));
                     let details = SpanDetails { layer: None, part: (0, 0), start: begin, end, bytes: 0 };
@@ -395,7 +436,7 @@ impl State {
             self.launch(end, rank);
             released |= self.release(rank);
         }
-        released
+        Ok(released)
     }
 
     /// Lets a waiting rank run if what it waits for is there.
@@ -413,7 +454,8 @@ impl State {
         true
     }
 
-    /// A rank has ended its step; when all have, the step's bound is replayed.
+    /// A rank has ended its step; when all have, the step's bound is replayed. Evaluation passes, which wait for no
+    /// gradients, have none: they share their number with a step.
     fn end_program(&mut self, rank: usize) {
         self.ranks[rank].finished_program = Some(std::mem::take(&mut self.ranks[rank].program));
         if !self.ranks.iter().all(|state| state.finished_program.is_some()) {
@@ -421,9 +463,11 @@ impl State {
         }
         let programs: Vec<Vec<ProgramOp>> =
             self.ranks.iter_mut().filter_map(|state| state.finished_program.take()).collect();
-        let graph = makespan(self.wire.topology(), &programs);
         let link = self.wire.take_busiest_port();
-        self.bounds.push(StepBound { step: self.ranks[rank].step, graph, link });
+        if programs.iter().flatten().any(|op| matches!(op, ProgramOp::WaitGradients { .. })) {
+            let graph = makespan(self.wire.topology(), &programs);
+            self.bounds.push(StepBound { step: self.ranks[rank].step, graph, link });
+        }
     }
 
     /// The rank that has been silent for longer than `timeout`, and what the others wait for.
@@ -453,7 +497,7 @@ impl EmulatedPort {
         }
         state.ranks[self.rank].last_seen = Instant::now();
         let result = change(&mut state, self.rank);
-        if state.process() {
+        if state.process(self.rank) {
             self.shared.changed.notify_all();
         }
         Ok(result)
@@ -465,7 +509,7 @@ impl EmulatedPort {
         let mut state = shared.lock();
         state.ranks[rank].status = Status::Waiting(awaited);
         state.release(rank);
-        if state.process() {
+        if state.process(rank) {
             shared.changed.notify_all();
         }
         loop {
@@ -522,6 +566,7 @@ impl Port for EmulatedPort {
                     state.step_start = state.clock;
                     state.stats = StepStats::default();
                     state.program.clear();
+                    state.last_gradient = (GroupId::WORLD, 0);
                 }
                 Submission::Flush => state.gradients_done = None,
                 Submission::AllToAll(exchange) => state.program.push(ProgramOp::Submit(
@@ -566,12 +611,14 @@ impl Port for EmulatedPort {
         self.shared.lock().ranks[self.rank].driver.timings()
     }
 
+    fn stats(&self) -> StepStats {
+        self.shared.lock().ranks[self.rank].stats_so_far()
+    }
+
     fn end_step(&mut self) -> StepStats {
         let mut state = self.shared.lock();
         state.end_program(self.rank);
-        let rank = &mut state.ranks[self.rank];
-        rank.stats.step = rank.clock - rank.step_start;
-        rank.stats
+        state.ranks[self.rank].stats_so_far()
     }
 
     fn record(&mut self, on: bool) -> Vec<Span> {
@@ -596,7 +643,7 @@ impl Drop for EmulatedPort {
             let reason = "it panicked".to_owned();
             state.failure.get_or_insert(CommError::RankFailed { rank: self.rank, reason });
         }
-        state.process();
+        state.process(self.rank);
         self.shared.changed.notify_all();
     }
 }

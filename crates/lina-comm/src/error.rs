@@ -1,5 +1,7 @@
 //! Why communication ended early. Failures are values: every rank gets one, with the culprit's name.
 
+use std::any::Any;
+
 use thiserror::Error;
 
 /// A failure of the job's communication, the same on all ranks.
@@ -23,4 +25,18 @@ pub enum CommError {
         /// What the others wait for.
         operation: String,
     },
+}
+
+impl CommError {
+    /// `rank` has ended its part without a failure, and others wait for it.
+    pub(crate) fn left(rank: usize) -> Self {
+        CommError::RankFailed { rank, reason: "it left while other ranks waited for it".to_owned() }
+    }
+
+    /// A thread of `rank` panicked while it carried out communication.
+    pub(crate) fn panicked(rank: usize, panic: &(dyn Any + Send)) -> Self {
+        let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        let message = message.unwrap_or("without a message");
+        CommError::RankFailed { rank, reason: format!("its communication panicked: {message}") }
+    }
 }

@@ -2,10 +2,11 @@
 //!
 //! A rank's compute thread owns one [`Comm`]. It announces its work, hands over all-to-alls and gradients, and
 //! waits where it needs data. What launches when is decided by a [`lina_plan::Sequencer`] and carried out by one of
-//! three bodies behind the same handle:
+//! several bodies behind the same handle:
 //!
 //! - [`emulated`]: threads of one process on *virtual* time; real data, emulated compute rate and links;
 //! - [`local`]: threads of one process at full speed, one communication thread a rank;
+//! - `mpi` (with the feature of this name): a process a rank, on any MPI;
 //! - [`Comm::solo`]: one rank, nothing to exchange.
 //!
 //! The crate knows nothing of models: any program can hand it buffers and gradients (see `examples/own_buffers.rs`).
@@ -19,6 +20,8 @@ pub mod emulated;
 mod error;
 mod exchange;
 pub mod local;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 mod recorder;
 mod solo;
 mod stats;

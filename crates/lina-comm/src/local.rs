@@ -5,17 +5,17 @@
 //! members' communication threads take parts until none is left. Buffers are handed over by ownership, so nothing
 //! here needs `unsafe`.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use lina_plan::{Launch, PolicyRules, share_range};
+use lina_plan::{GroupId, Launch, PolicyRules, share_range};
 
 use crate::delay::Delays;
 use crate::driver::{Operation, Reduction};
 use crate::threaded::{Engine, Finished, Mailbox, ThreadConfig, ThreadedPort};
-use crate::transfer::{receive, sum_control, sum_pieces};
+use crate::transfer::{check_exchanges, check_reductions, receive, sum_control, sum_pieces};
 use crate::wire::{CHANNELS, Channel, CollectiveId};
 use crate::{Comm, CommError, Exchange};
 
@@ -24,7 +24,7 @@ use crate::{Comm, CommError, Exchange};
 pub struct LocalConfig {
     /// Number of ranks.
     pub ranks: usize,
-    /// Members of each reduction group; group 0 is all ranks.
+    /// Members of each reduction group, ascending; group 0 is all ranks.
     pub groups: Vec<Vec<usize>>,
     /// How long the others wait for a rank before the job ends.
     pub timeout: Duration,
@@ -47,12 +47,7 @@ impl LocalJob {
     pub fn start(config: LocalConfig, rules: PolicyRules) -> io::Result<(LocalJob, Vec<Comm>)> {
         let mailboxes: Arc<Vec<Arc<Mailbox>>> = Arc::new((0..config.ranks).map(|_| Arc::new(Mailbox::new())).collect());
         let groups = Arc::new(config.groups);
-        let hub = Arc::new(Hub {
-            state: Mutex::default(),
-            mailboxes: Arc::clone(&mailboxes),
-            groups: Arc::clone(&groups),
-            timeout: config.timeout,
-        });
+        let hub = Arc::new(Hub { state: Mutex::default(), mailboxes: Arc::clone(&mailboxes), timeout: config.timeout });
         let epoch = Instant::now();
         let mut comms = Vec::with_capacity(config.ranks);
         for rank in 0..config.ranks {
@@ -63,8 +58,14 @@ impl LocalJob {
                 log_launches: config.log_launches,
                 delays: config.delays,
             };
-            let hub = Arc::clone(&hub);
-            let engine = move || LocalEngine { hub, rank, started: [0; CHANNELS], under_way: Default::default() };
+            let engine = LocalEngine {
+                hub: Arc::clone(&hub),
+                rank,
+                groups: Arc::clone(&groups),
+                started: [0; CHANNELS],
+                under_way: Default::default(),
+            };
+            let engine = move || Ok(engine);
             let port = ThreadedPort::start(thread, Arc::clone(&mailboxes[rank]), engine)?;
             comms.push(Comm::new(Box::new(port), rank, config.ranks, rules, &groups));
         }
@@ -80,18 +81,21 @@ impl LocalJob {
 struct Hub {
     state: Mutex<HubState>,
     mailboxes: Arc<Vec<Arc<Mailbox>>>,
-    groups: Arc<Vec<Vec<usize>>>,
     timeout: Duration,
 }
 
 #[derive(Default)]
 struct HubState {
     collectives: BTreeMap<CollectiveId, Collective>,
+    /// Ranks whose communication has ended.
+    gone: BTreeSet<usize>,
     failure: Option<CommError>,
 }
 
 struct Collective {
-    members: Vec<usize>,
+    group: GroupId,
+    /// Of the first member that arrived; all have the same.
+    groups: Arc<Vec<Vec<usize>>>,
     arrived: Vec<(usize, Operation)>,
     /// All members have arrived.
     complete: bool,
@@ -139,15 +143,21 @@ impl Hub {
         }
     }
 
+    fn poke_all(&self) {
+        self.mailboxes.iter().for_each(|mailbox| mailbox.poke());
+    }
+
     /// A member arrives; the last one cuts the collective into parts.
-    fn arrive(&self, id: CollectiveId, rank: usize, operation: Operation) {
-        let members = match &operation {
-            Operation::AllReduce(reduction) => self.groups[reduction.group.0 as usize].clone(),
-            Operation::AllToAll { .. } | Operation::Control(_) => self.groups[0].clone(),
+    fn arrive(&self, id: CollectiveId, groups: &Arc<Vec<Vec<usize>>>, rank: usize, operation: Operation) {
+        let group = match &operation {
+            Operation::AllReduce(reduction) => reduction.group,
+            Operation::AllToAll { .. } | Operation::Control(_) => GroupId::WORLD,
         };
         let mut state = self.lock();
         let collective = state.collectives.entry(id).or_insert_with(|| Collective {
-            arrived: Vec::with_capacity(members.len()),
+            group,
+            groups: Arc::clone(groups),
+            arrived: Vec::with_capacity(groups[group.0 as usize].len()),
             complete: false,
             first_arrival: Instant::now(),
             begin: Instant::now(),
@@ -158,16 +168,24 @@ impl Hub {
             indices: Vec::new(),
             results: Vec::new(),
             fetched: 0,
-            members,
         });
         collective.arrived.push((rank, operation));
-        if collective.arrived.len() == collective.members.len() {
-            collective.complete = true;
-            collective.begin = Instant::now();
-            collective.cut();
-            let members = collective.members.clone();
-            drop(state);
-            self.poke(&members);
+        let members = &groups[collective.group.0 as usize];
+        if collective.arrived.len() < members.len() {
+            return;
+        }
+        collective.complete = true;
+        collective.begin = Instant::now();
+        match collective.cut() {
+            Ok(()) => {
+                drop(state);
+                self.poke(members);
+            }
+            Err(failure) => {
+                state.failure.get_or_insert(failure);
+                drop(state);
+                self.poke_all();
+            }
         }
     }
 
@@ -185,58 +203,71 @@ impl Hub {
             collective.parts_left -= 1;
             if collective.parts_left == 0 {
                 collective.join();
-                let members = collective.members.clone();
-                self.poke(&members);
+                self.poke(collective.members());
             }
         }
         let collective = state.collectives.get_mut(&id)?;
-        let member = collective.members.binary_search(&rank).ok()?;
+        let member = collective.members().binary_search(&rank).ok()?;
         let result = collective.results.get_mut(member)?.take()?;
         let begin = collective.begin;
         collective.fetched += 1;
-        if collective.fetched == collective.members.len() {
+        if collective.fetched == collective.members().len() {
             state.collectives.remove(&id);
         }
         Some((begin, result))
     }
 
-    /// Whether the job has failed, or a rank that others wait for has been silent for too long.
+    /// Whether the job has failed, or a rank that others wait for has left or been silent for too long.
     fn check(&self) -> Result<(), CommError> {
         let mut state = self.lock();
         if state.failure.is_none() {
-            let late = state
-                .collectives
-                .iter()
-                .find(|(_, collective)| !collective.complete && collective.first_arrival.elapsed() > self.timeout);
-            if let Some((id, collective)) = late {
-                let here = |rank: &usize| collective.arrived.iter().any(|(arrived, _)| arrived == rank);
-                let rank = collective.members.iter().copied().find(|rank| !here(rank)).unwrap_or(0);
-                let (seconds, operation) = (self.timeout.as_secs(), id.channel.name().to_owned());
-                state.failure = Some(CommError::RankSilent { rank, seconds, operation });
-            }
+            state.failure = state.collectives.iter().find_map(|(id, collective)| {
+                let here = |rank: usize| collective.arrived.iter().any(|(arrived, _)| *arrived == rank);
+                let mut missing = collective.members().iter().copied().filter(|&rank| !here(rank));
+                if collective.complete {
+                    None
+                } else if let Some(rank) = missing.clone().find(|rank| state.gone.contains(rank)) {
+                    Some(CommError::left(rank))
+                } else if collective.first_arrival.elapsed() > self.timeout {
+                    let (seconds, operation) = (self.timeout.as_secs(), id.channel.name().to_owned());
+                    missing.next().map(|rank| CommError::RankSilent { rank, seconds, operation })
+                } else {
+                    None
+                }
+            });
         }
         state.failure.clone().map_or(Ok(()), Err)
     }
 }
 
 impl Collective {
-    fn cut(&mut self) {
+    /// Its ranks, ascending.
+    fn members(&self) -> &[usize] {
+        &self.groups[self.group.0 as usize]
+    }
+
+    /// All members are there: cuts what they brought into parts.
+    ///
+    /// # Errors
+    /// If what they brought does not fit together.
+    fn cut(&mut self) -> Result<(), CommError> {
         self.arrived.sort_by_key(|(rank, _)| *rank);
-        let n = self.members.len();
+        let n = self.arrived.len();
         let mut exchanges = Vec::new();
         let mut reductions = Vec::new();
         let mut controls = Vec::new();
-        for (_, operation) in self.arrived.drain(..) {
+        for (rank, operation) in self.arrived.drain(..) {
             match operation {
                 Operation::AllToAll { index, exchange } => {
                     self.indices.push(index);
                     exchanges.push(exchange);
                 }
-                Operation::AllReduce(reduction) => reductions.push(reduction),
-                Operation::Control(values) => controls.push(values),
+                Operation::AllReduce(reduction) => reductions.push((rank, reduction)),
+                Operation::Control(values) => controls.push((rank, values)),
             }
         }
         if !exchanges.is_empty() {
+            check_exchanges(&exchanges)?;
             let receives: Vec<Vec<f32>> = exchanges.iter_mut().map(|x| std::mem::take(&mut x.recv)).collect();
             let sends = Arc::new(exchanges);
             self.parts = (receives.into_iter().enumerate())
@@ -244,19 +275,21 @@ impl Collective {
                 .collect();
             self.sends = Some(sends);
         } else if !reductions.is_empty() {
-            let elements = reductions[0].elements;
+            check_reductions(reductions.iter().map(|(rank, reduction)| (*rank, reduction)))?;
+            let elements = reductions[0].1.elements;
             self.parts = (0..n)
                 .map(|range| {
                     let len = share_range(elements, n, range).len();
-                    let reductions = reductions.iter_mut().map(|reduction| reduction.split_front(len)).collect();
+                    let reductions = reductions.iter_mut().map(|(_, reduction)| reduction.split_front(len)).collect();
                     Part::Sum { range, reductions }
                 })
                 .collect();
         } else {
-            let sum = sum_control(controls.into_iter());
+            let sum = sum_control(controls.into_iter())?;
             self.results = (0..n).map(|_| Some(Finished::Control(sum.clone()))).collect();
         }
         self.parts_left = self.parts.len();
+        Ok(())
     }
 
     /// All parts are done: makes each member's result of them.
@@ -293,6 +326,7 @@ impl Collective {
 struct LocalEngine {
     hub: Arc<Hub>,
     rank: usize,
+    groups: Arc<Vec<Vec<usize>>>,
     /// Operations started, by channel.
     started: [u64; CHANNELS],
     /// Operations not yet finished, by channel, oldest first.
@@ -305,7 +339,11 @@ impl Engine for LocalEngine {
         let id = CollectiveId { channel, sequence: self.started[channel as usize] };
         self.started[channel as usize] += 1;
         self.under_way[channel as usize].push_back(id);
-        self.hub.arrive(id, self.rank, operation);
+        self.hub.arrive(id, &self.groups, self.rank, operation);
+    }
+
+    fn set_groups(&mut self, groups: &Arc<Vec<Vec<usize>>>) {
+        self.groups = Arc::clone(groups);
     }
 
     fn skip(&mut self, channel: Channel) {
@@ -325,6 +363,14 @@ impl Engine for LocalEngine {
 
     fn fail(&mut self, failure: CommError) {
         self.hub.lock().failure.get_or_insert(failure);
-        self.hub.poke(&self.hub.groups[0]);
+        self.hub.poke_all();
+    }
+}
+
+impl Drop for LocalEngine {
+    /// Who waits for a rank that has left need not wait for the timeout.
+    fn drop(&mut self) {
+        self.hub.lock().gone.insert(self.rank);
+        self.hub.poke_all();
     }
 }

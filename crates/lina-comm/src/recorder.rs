@@ -1,7 +1,7 @@
 //! The wall clock of a rank's compute thread, with the spans and times it yields. (The emulated cluster has a
 //! virtual clock of its own.)
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lina_plan::Nanos;
 
@@ -13,9 +13,13 @@ pub(crate) struct ComputeClock {
     current: Option<(Work, Nanos)>,
     step: u64,
     step_start: Nanos,
-    pub(crate) stats: StepStats,
+    stats: StepStats,
     recording: bool,
     spans: Vec<Span>,
+    /// Rate of an emulated device: work lasts at least this long.
+    flops_per_ns: Option<f64>,
+    /// By how much the last emulated work lasted too long, because sleeps do.
+    overslept: Nanos,
 }
 
 impl ComputeClock {
@@ -29,6 +33,27 @@ impl ComputeClock {
             stats: StepStats::default(),
             recording: false,
             spans: Vec::new(),
+            flops_per_ns: None,
+            overslept: 0,
+        }
+    }
+
+    /// From now on, announced work lasts at least its operations over the rate of a device of `gflops`.
+    pub(crate) fn emulate_device(&mut self, gflops: f64) {
+        self.flops_per_ns = Some(gflops);
+    }
+
+    /// Sleeps until an emulated device would be done with the work that began at `start`.
+    fn keep_pace(&mut self, work: Work, start: Nanos) {
+        let Some(flops_per_ns) = self.flops_per_ns.filter(|_| work.flops > 0) else { return };
+        let due = start + (work.flops as f64 / flops_per_ns) as Nanos;
+        let until = due.saturating_sub(self.overslept);
+        let now = self.now();
+        if now < until {
+            std::thread::sleep(Duration::from_nanos(until - now));
+            self.overslept = self.now().saturating_sub(until).min(due - start);
+        } else {
+            self.overslept = 0;
         }
     }
 
@@ -44,6 +69,7 @@ impl ComputeClock {
 
     pub(crate) fn end_work(&mut self) {
         let Some((work, start)) = self.current.take() else { return };
+        self.keep_pace(work, start);
         let end = self.now();
         self.stats.computed(work.kind, end - start);
         if self.recording {
@@ -67,10 +93,9 @@ impl ComputeClock {
         self.stats = StepStats::default();
     }
 
-    pub(crate) fn end_step(&mut self) -> StepStats {
-        self.end_work();
-        self.stats.step = self.now() - self.step_start;
-        self.stats
+    /// The step so far, without the work under way.
+    pub(crate) fn stats(&self) -> StepStats {
+        StepStats { step: self.now() - self.step_start, ..self.stats }
     }
 
     pub(crate) fn record(&mut self, on: bool) -> Vec<Span> {

@@ -11,13 +11,16 @@ use crate::{CommError, Exchange, Span, StepStats, Work};
 
 pub(crate) struct Solo {
     clock: ComputeClock,
-    exchanges: VecDeque<Exchange>,
+    /// Done at once and not yet waited for, by number within the step.
+    exchanges: VecDeque<(u32, Exchange)>,
+    submitted: u32,
     control: Vec<f64>,
 }
 
 impl Solo {
     pub(crate) fn new() -> Self {
-        Solo { clock: ComputeClock::new(0, Instant::now()), exchanges: VecDeque::new(), control: Vec::new() }
+        let clock = ComputeClock::new(0, Instant::now());
+        Solo { clock, exchanges: VecDeque::new(), submitted: 0, control: Vec::new() }
     }
 }
 
@@ -34,21 +37,30 @@ impl Port for Solo {
     fn submit(&mut self, submission: Submission) -> Result<(), CommError> {
         self.clock.end_work();
         match submission {
-            Submission::BeginStep { step, .. } => self.clock.begin_step(step),
+            Submission::BeginStep { step, .. } => {
+                self.submitted = 0;
+                self.clock.begin_step(step);
+            }
             Submission::AllToAll(mut exchange) => {
                 let n = exchange.send_elements[0];
                 assert_eq!(n, exchange.recv_elements[0], "a rank receives what it sends itself");
                 exchange.recv[..n].copy_from_slice(&exchange.send[..n]);
-                self.exchanges.push_back(exchange);
+                self.exchanges.push_back((self.submitted, exchange));
+                self.submitted += 1;
             }
             Submission::Control(values) => self.control = values,
-            Submission::BeginMicroBatch { .. } | Submission::Gradient { .. } | Submission::Flush => {}
+            Submission::BeginMicroBatch { .. }
+            | Submission::Gradient { .. }
+            | Submission::Flush
+            | Submission::Groups(_) => {}
         }
         Ok(())
     }
 
-    fn wait_all_to_all(&mut self, _index: u32) -> Result<Exchange, CommError> {
-        Ok(self.exchanges.pop_front().expect("a ticket is waited for once, in order"))
+    fn wait_all_to_all(&mut self, index: u32) -> Result<Exchange, CommError> {
+        let position = self.exchanges.iter().position(|(done, _)| *done == index);
+        let (_, exchange) = position.and_then(|i| self.exchanges.remove(i)).expect("a ticket is waited for once");
+        Ok(exchange)
     }
 
     fn wait_gradients(&mut self) -> Result<(), CommError> {
@@ -63,8 +75,13 @@ impl Port for Solo {
         GapTimings { windows: vec![0.0], between_pairs: vec![true], ..GapTimings::default() }
     }
 
+    fn stats(&self) -> StepStats {
+        self.clock.stats()
+    }
+
     fn end_step(&mut self) -> StepStats {
-        self.clock.end_step()
+        self.clock.end_work();
+        self.clock.stats()
     }
 
     fn record(&mut self, on: bool) -> Vec<Span> {

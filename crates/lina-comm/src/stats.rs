@@ -1,6 +1,6 @@
 //! What a step took on one rank.
 
-use crate::{Direction, Nanos, WorkKind};
+use crate::{AllToAllKind, Direction, Leg, Nanos, WorkKind};
 
 /// Times of one step on one rank, in nanoseconds of the body's clock (virtual where emulated).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -11,6 +11,10 @@ pub struct StepStats {
     pub compute: Nanos,
     /// Of which experts' feed-forward.
     pub expert: Nanos,
+    /// Of which on tokens, weight gradients excluded.
+    pub ffn: Nanos,
+    /// Number of the latter's micro-ops: one for each layer, direction and chunk.
+    pub ffn_micro_ops: u64,
     /// The compute thread waited for all-to-alls.
     pub all_to_all_blocked: Nanos,
     /// The compute thread waited for gradients and for the step's closing sum.
@@ -18,6 +22,10 @@ pub struct StepStats {
     /// All-to-alls were on the wire, each counted from the moment when all ranks had launched it and the channel
     /// was free to its completion.
     pub all_to_all: Nanos,
+    /// Of which dispatches and combines.
+    pub token_exchange: Nanos,
+    /// Number of the latter's micro-ops.
+    pub token_exchange_micro_ops: u64,
     /// Of which in the backward pass.
     pub all_to_all_backward: Nanos,
     /// What the backward pass's all-to-alls take while nothing else is on the wire; 0 where it is not known.
@@ -33,17 +41,78 @@ pub struct StepStats {
 }
 
 impl StepStats {
+    /// The times as words, to send them to another process; [`from_words`](Self::from_words) is the way back.
+    pub fn to_words(&self) -> Vec<u64> {
+        let mut stats = *self;
+        stats.fields().into_iter().map(|field| *field).collect()
+    }
+
+    /// The times that [`to_words`](Self::to_words) made words of; what is missing is 0.
+    pub fn from_words(words: &[u64]) -> Self {
+        let mut stats = StepStats::default();
+        stats.fields().into_iter().zip(words).for_each(|(field, word)| *field = *word);
+        stats
+    }
+
+    /// Every field, so that none is forgotten.
+    fn fields(&mut self) -> [&mut u64; 16] {
+        let StepStats {
+            step,
+            compute,
+            expert,
+            ffn,
+            ffn_micro_ops,
+            all_to_all_blocked,
+            all_reduce_blocked,
+            all_to_all,
+            token_exchange,
+            token_exchange_micro_ops,
+            all_to_all_backward,
+            all_to_all_backward_alone,
+            all_reduce,
+            all_reduce_alone,
+            all_to_all_bytes,
+            deciding_wall,
+        } = self;
+        [
+            step,
+            compute,
+            expert,
+            ffn,
+            ffn_micro_ops,
+            all_to_all_blocked,
+            all_reduce_blocked,
+            all_to_all,
+            token_exchange,
+            token_exchange_micro_ops,
+            all_to_all_backward,
+            all_to_all_backward_alone,
+            all_reduce,
+            all_reduce_alone,
+            all_to_all_bytes,
+            deciding_wall,
+        ]
+    }
+
     pub(crate) fn computed(&mut self, kind: WorkKind, duration: Nanos) {
         self.compute += duration;
         if kind.is_expert() {
             self.expert += duration;
         }
+        if kind == WorkKind::ExpertFfn {
+            self.ffn += duration;
+            self.ffn_micro_ops += 1;
+        }
     }
 
-    pub(crate) fn exchanged(&mut self, direction: Direction, duration: Nanos, alone: Nanos, sent_bytes: u64) {
+    pub(crate) fn exchanged(&mut self, kind: &AllToAllKind, duration: Nanos, alone: Nanos, sent_bytes: u64) {
         self.all_to_all += duration;
         self.all_to_all_bytes += sent_bytes;
-        if direction == Direction::Backward {
+        if matches!(kind.leg, Leg::Dispatch | Leg::Combine) {
+            self.token_exchange += duration;
+            self.token_exchange_micro_ops += 1;
+        }
+        if kind.direction == Direction::Backward {
             self.all_to_all_backward += duration;
             self.all_to_all_backward_alone += alone;
         }

@@ -5,6 +5,7 @@
 //! on that thread. It sleeps whenever neither its compute thread nor its engine has news.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use crate::comm::{Port, Submission};
 use crate::delay::Delays;
 use crate::driver::{Driver, Operation, Reduction};
 use crate::recorder::ComputeClock;
-use crate::wire::Channel;
+use crate::wire::{CHANNELS, Channel};
 use crate::{CommError, Exchange, Lane, Span, StepStats, Work};
 
 /// An operation that an engine has finished. Operations of one class finish in the order in which they were started.
@@ -25,14 +26,32 @@ pub(crate) enum Finished {
     Control(Vec<f64>),
 }
 
+impl Finished {
+    fn channel(&self) -> Channel {
+        match self {
+            Finished::AllToAll { .. } => Channel::AllToAll,
+            Finished::AllReduce(_) => Channel::AllReduce,
+            Finished::Control(_) => Channel::Control,
+        }
+    }
+}
+
 /// What moves data between ranks. Starts operations without blocking and reports them when they are done.
 pub(crate) trait Engine {
     /// Starts an operation.
     fn start(&mut self, operation: Operation);
+    /// Other reduction groups from here on. Nothing of this rank is under way, and all ranks bring the same; what goes
+    /// wrong is for [`poll`](Self::poll) to say.
+    fn set_groups(&mut self, groups: &Arc<Vec<Vec<usize>>>);
     /// Counts an operation in which this rank takes no part.
     fn skip(&mut self, channel: Channel);
     /// Makes progress; appends what has finished, with the time since when all members were there.
     fn poll(&mut self, finished: &mut Vec<(Instant, Finished)>) -> Result<(), CommError>;
+    /// How long the communication thread may sleep now that neither a submission nor `poll` had news; zero for a
+    /// yield. An engine with long patience pokes the mailbox.
+    fn patience(&mut self) -> Duration {
+        LOOK_AROUND
+    }
     /// Tells the other ranks that this one has failed.
     fn fail(&mut self, failure: CommError);
 }
@@ -73,6 +92,12 @@ impl Mailbox {
         self.for_comm.notify_one();
     }
 
+    /// Wakes the compute thread with a failure, unless it has been told of one.
+    pub(crate) fn fail(&self, failure: CommError) {
+        self.lock().failure.get_or_insert(failure);
+        self.for_compute.notify_all();
+    }
+
     /// The launches so far, with their steps.
     pub(crate) fn take_log(&self) -> Vec<(u64, Launch)> {
         std::mem::take(&mut self.lock().log)
@@ -104,19 +129,41 @@ pub(crate) struct ThreadedPort {
 }
 
 impl ThreadedPort {
-    /// Starts the communication thread, which builds its engine itself.
+    /// Starts the communication thread, which builds its engine itself. Where that fails, every call on the handle
+    /// returns why.
     pub(crate) fn start<E: Engine>(
         config: ThreadConfig,
         mailbox: Arc<Mailbox>,
-        engine: impl FnOnce() -> E + Send + 'static,
+        engine: impl FnOnce() -> Result<E, CommError> + Send + 'static,
     ) -> std::io::Result<Self> {
         let (rank, epoch, delays) = (config.rank, config.epoch, config.delays);
         let mail = Arc::clone(&mailbox);
-        let thread = std::thread::Builder::new()
-            .name(format!("lina-comm-{rank}"))
-            .spawn(move || CommThread::new(config, mail, engine()).run())?;
+        let thread = std::thread::Builder::new().name(format!("lina-comm-{rank}")).spawn(move || match engine() {
+            Ok(engine) => communicate(config, mail, engine),
+            Err(failure) => mail.fail(failure),
+        })?;
+        Ok(ThreadedPort::new(mailbox, thread, rank, epoch, delays))
+    }
+
+    /// The compute thread's side of a communication thread that runs [`communicate`] with the same mailbox.
+    pub(crate) fn new(
+        mailbox: Arc<Mailbox>,
+        thread: JoinHandle<()>,
+        rank: usize,
+        epoch: Instant,
+        delays: Option<Delays>,
+    ) -> Self {
         let clock = ComputeClock::new(rank as u32, epoch);
-        Ok(ThreadedPort { mailbox, thread: Some(thread), clock, rank, delays, works: 0, blocked: (0, 0) })
+        ThreadedPort { mailbox, thread: Some(thread), clock, rank, delays, works: 0, blocked: (0, 0) }
+    }
+
+    /// The same port on an emulated device of that rate, if one is given.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn on_device(mut self, gflops: Option<f64>) -> Self {
+        if let Some(gflops) = gflops {
+            self.clock.emulate_device(gflops);
+        }
+        self
     }
 
     /// Blocks until `ready` yields, and returns how long that took.
@@ -196,11 +243,24 @@ impl Port for ThreadedPort {
         self.mailbox.lock().timings.clone()
     }
 
-    fn end_step(&mut self) -> StepStats {
-        let own = self.clock.end_step();
-        let StepStats { step, compute, expert, .. } = own;
+    fn stats(&self) -> StepStats {
+        let StepStats { step, compute, expert, ffn, ffn_micro_ops, .. } = self.clock.stats();
         let (all_to_all_blocked, all_reduce_blocked) = self.blocked;
-        StepStats { step, compute, expert, all_to_all_blocked, all_reduce_blocked, ..self.mailbox.lock().stats }
+        StepStats {
+            step,
+            compute,
+            expert,
+            ffn,
+            ffn_micro_ops,
+            all_to_all_blocked,
+            all_reduce_blocked,
+            ..self.mailbox.lock().stats
+        }
+    }
+
+    fn end_step(&mut self) -> StepStats {
+        self.clock.end_work();
+        self.stats()
     }
 
     fn record(&mut self, on: bool) -> Vec<Span> {
@@ -225,10 +285,15 @@ impl Drop for ThreadedPort {
         self.mailbox.lock().closed = true;
         self.mailbox.poke();
         if let Some(thread) = self.thread.take() {
-            // A communication thread that panicked has told its mailbox; there is nobody else to tell.
+            // It has told its mailbox and the other ranks of a panic; there is nobody else to tell.
             let _ = thread.join();
         }
     }
+}
+
+/// Carries out a rank's communication on this thread, until its port is dropped.
+pub(crate) fn communicate<E: Engine>(config: ThreadConfig, mailbox: Arc<Mailbox>, engine: E) {
+    CommThread::new(config, mailbox, engine).run();
 }
 
 struct CommThread<E> {
@@ -239,10 +304,12 @@ struct CommThread<E> {
     step: u64,
     finished: Vec<(Instant, Finished)>,
     submissions: VecDeque<Submission>,
+    /// When each channel's last operation ended.
+    channel_free: [Nanos; CHANNELS],
 }
 
 /// How often a communication thread looks after its peers while it waits for them.
-const LOOK_AROUND: Duration = Duration::from_millis(200);
+pub(crate) const LOOK_AROUND: Duration = Duration::from_millis(200);
 
 impl<E: Engine> CommThread<E> {
     fn new(config: ThreadConfig, mailbox: Arc<Mailbox>, engine: E) -> Self {
@@ -250,18 +317,44 @@ impl<E: Engine> CommThread<E> {
         if config.log_launches {
             driver.log_launches();
         }
-        CommThread { config, mailbox, engine, driver, step: 0, finished: Vec::new(), submissions: VecDeque::new() }
+        CommThread {
+            config,
+            mailbox,
+            engine,
+            driver,
+            step: 0,
+            finished: Vec::new(),
+            submissions: VecDeque::new(),
+            channel_free: [0; CHANNELS],
+        }
     }
 
     fn now(&self) -> Nanos {
         self.config.epoch.elapsed().as_nanos() as Nanos
     }
 
+    /// Until the compute thread is gone. A panic here must leave neither the compute thread nor other ranks waiting.
     fn run(mut self) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.rounds())) {
+            let failure = CommError::panicked(self.config.rank, &*panic);
+            self.mailbox.fail(failure.clone());
+            self.engine.fail(failure);
+        }
+    }
+
+    fn rounds(&mut self) {
         while let Some(busy) = self.round() {
+            if busy {
+                continue;
+            }
+            let patience = self.engine.patience();
+            if patience.is_zero() {
+                std::thread::yield_now();
+                continue;
+            }
             let mail = self.mailbox.lock();
-            if !busy && mail.submissions.is_empty() && !mail.poked && !mail.closed && mail.failing.is_none() {
-                drop(self.mailbox.for_comm.wait_timeout(mail, LOOK_AROUND));
+            if mail.submissions.is_empty() && !mail.poked && !mail.closed && mail.failing.is_none() {
+                drop(self.mailbox.for_comm.wait_timeout(mail, patience));
             }
         }
     }
@@ -286,6 +379,11 @@ impl<E: Engine> CommThread<E> {
         while let Some(submission) = self.submissions.pop_front() {
             if let Submission::BeginStep { step, .. } = submission {
                 self.step = step;
+            }
+            if let Submission::Groups(groups) = submission {
+                self.engine.set_groups(&groups);
+                self.config.groups = groups;
+                continue;
             }
             let now = self.now();
             self.driver.submit(now, submission);
@@ -327,7 +425,7 @@ impl<E: Engine> CommThread<E> {
                 {
                     self.engine.skip(Channel::AllReduce);
                     let now = self.now();
-                    self.driver.all_reduce_done(now, false);
+                    self.driver.all_reduce_done(now, reduction.index, false);
                 }
                 operation => self.engine.start(operation),
             }
@@ -336,14 +434,17 @@ impl<E: Engine> CommThread<E> {
 
     fn finish(&mut self, begin: Instant, finished: Finished) {
         let end = self.now();
-        let begin = begin.saturating_duration_since(self.config.epoch).as_nanos() as Nanos;
+        let free = &mut self.channel_free[finished.channel() as usize];
+        // Pipelined operations are handed over together, but each has the channel to itself only after the last one.
+        let begin = Nanos::max(begin.saturating_duration_since(self.config.epoch).as_nanos() as Nanos, *free);
+        *free = end;
         let mut mail = self.mailbox.lock();
         let Mail { stats, spans, recording, exchanges, control, .. } = &mut *mail;
         let (lane, name, layer, part, bytes) = match &finished {
             Finished::AllToAll { exchange, .. } => {
                 let kind = exchange.kind;
                 let bytes = exchange.sent_bytes(self.config.rank);
-                stats.exchanged(kind.direction, end - begin, 0, bytes);
+                stats.exchanged(&kind, end - begin, 0, bytes);
                 (Lane::AllToAll, kind.name(), Some(kind.layer), (kind.chunk, kind.chunks), bytes)
             }
             Finished::AllReduce(reduction) => {
@@ -364,21 +465,115 @@ impl<E: Engine> CommThread<E> {
             }
             Finished::AllReduce(reduction) => {
                 // The memory is the owner's again before anybody hears of it.
+                let index = reduction.index;
                 drop(reduction);
-                self.driver.all_reduce_done(end, true);
+                self.driver.all_reduce_done(end, index, true);
             }
             Finished::Control(sum) => *control = Some(sum),
         }
     }
 }
 
-impl<E> Drop for CommThread<E> {
-    /// A communication thread that ends by panic must not leave its compute thread waiting.
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let reason = "its communication thread panicked".to_owned();
-            self.mailbox.lock().failure = Some(CommError::RankFailed { rank: self.config.rank, reason });
-            self.mailbox.for_compute.notify_all();
+#[cfg(test)]
+mod tests {
+    use lina_plan::{AllToAllKind, Direction, GapPlan, Leg, Policy, PolicyRules, PolicySettings};
+
+    use super::*;
+
+    /// Takes a while for each operation, and then either finishes or panics.
+    struct SlowEngine {
+        under_way: VecDeque<(Instant, Operation)>,
+        panics: bool,
+        told: Arc<Mutex<Option<CommError>>>,
+    }
+
+    impl Engine for SlowEngine {
+        fn start(&mut self, operation: Operation) {
+            self.under_way.push_back((Instant::now(), operation));
         }
+
+        fn set_groups(&mut self, _groups: &Arc<Vec<Vec<usize>>>) {}
+
+        fn skip(&mut self, _channel: Channel) {}
+
+        fn poll(&mut self, finished: &mut Vec<(Instant, Finished)>) -> Result<(), CommError> {
+            let Some((begin, operation)) = self.under_way.pop_front() else { return Ok(()) };
+            std::thread::sleep(Duration::from_millis(10));
+            assert!(!self.panics, "the engine breaks");
+            finished.push(match operation {
+                Operation::AllToAll { index, exchange } => (begin, Finished::AllToAll { index, exchange }),
+                Operation::AllReduce(reduction) => (begin, Finished::AllReduce(reduction)),
+                Operation::Control(values) => (begin, Finished::Control(values)),
+            });
+            Ok(())
+        }
+
+        fn fail(&mut self, failure: CommError) {
+            *self.told.lock().unwrap() = Some(failure);
+        }
+    }
+
+    fn port(panics: bool) -> (ThreadedPort, Arc<Mutex<Option<CommError>>>) {
+        let told = Arc::new(Mutex::new(None));
+        let engine = {
+            let told = Arc::clone(&told);
+            move || Ok(SlowEngine { under_way: VecDeque::new(), panics, told })
+        };
+        (ThreadedPort::start(config(), Arc::new(Mailbox::new()), engine).unwrap(), told)
+    }
+
+    fn config() -> ThreadConfig {
+        let groups = Arc::new(vec![vec![0, 1]]);
+        ThreadConfig { rank: 0, epoch: Instant::now(), groups, log_launches: false, delays: None }
+    }
+
+    fn begin_step(port: &mut ThreadedPort) {
+        let rules = PolicyRules::new(Policy::Lina, &PolicySettings::default());
+        port.submit(Submission::BeginStep { step: 0, rules, plan: GapPlan::default() }).unwrap();
+    }
+
+    fn exchange(chunk: u32) -> Exchange {
+        let kind = AllToAllKind { direction: Direction::Backward, leg: Leg::Combine, layer: 0, chunk, chunks: 3 };
+        Exchange { kind, send: vec![0.0; 2], send_elements: vec![1; 2], recv: vec![0.0; 2], recv_elements: vec![1; 2] }
+    }
+
+    #[test]
+    fn pipelined_all_to_alls_are_timed_one_after_another() {
+        let (mut port, _) = port(false);
+        begin_step(&mut port);
+        port.record(true);
+        for chunk in 0..3 {
+            port.submit(Submission::AllToAll(exchange(chunk))).unwrap();
+        }
+        for index in 0..3 {
+            port.wait_all_to_all(index).unwrap();
+        }
+        let stats = port.end_step();
+        assert!(stats.all_to_all >= 30_000_000 && stats.all_to_all <= stats.step, "{stats:?}");
+        let spans = port.record(false);
+        assert_eq!(spans.len(), 3);
+        assert!(spans.windows(2).all(|pair| pair[0].end <= pair[1].start), "{spans:?}");
+    }
+
+    #[test]
+    fn an_engine_that_panics_fails_this_rank_and_tells_the_others() {
+        let (mut port, told) = port(true);
+        begin_step(&mut port);
+        port.submit(Submission::AllToAll(exchange(0))).unwrap();
+        let failure = port.wait_all_to_all(0).unwrap_err();
+        assert_eq!(failure.to_string(), "rank 0 failed: its communication panicked: the engine breaks");
+        drop(port);
+        assert_eq!(*told.lock().unwrap(), Some(failure));
+    }
+
+    #[test]
+    fn an_engine_that_cannot_be_built_is_a_failure() {
+        let failure = CommError::RankFailed { rank: 0, reason: "there is no network".to_owned() };
+        let engine = {
+            let failure = failure.clone();
+            move || Err::<SlowEngine, _>(failure)
+        };
+        let mut port = ThreadedPort::start(config(), Arc::new(Mailbox::new()), engine).unwrap();
+        assert_eq!(port.wait_control(), Err(failure));
     }
 }

@@ -1,9 +1,51 @@
-//! What collectives do to data, between threads of one process.
+//! What collectives do to data, between threads of one process, and whether the ranks' parts fit together: programs
+//! that differ between ranks are a failure with a name, not a panic in whoever happens to move the data.
 
-use crate::Exchange;
 use crate::driver::Reduction;
+use crate::{CommError, Exchange};
 
-/// Copies every rank's pieces to where they go. `exchanges` are in rank order.
+/// Whether the ranks' parts of an all-to-all fit together. `exchanges` are in rank order.
+///
+/// # Errors
+/// The failure of the first rank that contradicts the others.
+pub(crate) fn check_exchanges(exchanges: &[Exchange]) -> Result<(), CommError> {
+    let kind = exchanges[0].kind;
+    for (source, sender) in exchanges.iter().enumerate() {
+        if sender.kind != kind {
+            let reason = format!("it takes part in {} while rank 0 takes part in {kind}", sender.kind);
+            return Err(CommError::RankFailed { rank: source, reason });
+        }
+        for (destination, receiver) in exchanges.iter().enumerate() {
+            let (sent, expected) = (sender.send_elements[destination], receiver.recv_elements[source]);
+            if sent != expected {
+                let reason =
+                    format!("{kind}: it sends {sent} elements to rank {destination}, which expects {expected}");
+                return Err(CommError::RankFailed { rank: source, reason });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether the ranks' parts of an allreduce fit together; `parts` are in rank order.
+///
+/// # Errors
+/// The failure of the first rank that contradicts the first one.
+pub(crate) fn check_reductions<'a>(mut parts: impl Iterator<Item = (usize, &'a Reduction)>) -> Result<(), CommError> {
+    let Some((first, expected)) = parts.next() else { return Ok(()) };
+    for (rank, reduction) in parts {
+        if (reduction.group, reduction.elements) != (expected.group, expected.elements) {
+            let reason = format!(
+                "allreduce {}: it reduces {} elements in group {} while rank {first} reduces {} in group {}",
+                reduction.index, reduction.elements, reduction.group.0, expected.elements, expected.group.0
+            );
+            return Err(CommError::RankFailed { rank, reason });
+        }
+    }
+    Ok(())
+}
+
+/// Copies every rank's pieces to where they go. `exchanges` are in rank order and fit together.
 pub(crate) fn exchange_all(exchanges: &mut [Exchange]) {
     for destination in 0..exchanges.len() {
         let mut recv = std::mem::take(&mut exchanges[destination].recv);
@@ -15,18 +57,16 @@ pub(crate) fn exchange_all(exchanges: &mut [Exchange]) {
 /// Fills the receive buffer of rank `destination` from what all ranks send, in rank order.
 pub(crate) fn receive(sends: &[Exchange], destination: usize, recv: &mut [f32]) {
     let mut received = 0;
-    for (source, exchange) in sends.iter().enumerate() {
+    for exchange in sends {
         let n = exchange.send_elements[destination];
-        let expected = sends[destination].recv_elements[source];
-        let kind = exchange.kind;
-        assert_eq!(n, expected, "{kind}: rank {source} sends rank {destination} another number of elements");
         let start: usize = exchange.send_elements[..destination].iter().sum();
         recv[received..received + n].copy_from_slice(&exchange.send[start..start + n]);
         received += n;
     }
 }
 
-/// Sums the members' pieces element by element, in rank order, into every member. `reductions` are in rank order.
+/// Sums the members' pieces element by element, in rank order, into every member. `reductions` are in rank order and
+/// fit together.
 pub(crate) fn sum_pieces(reductions: &mut [Reduction]) {
     /// Elements summed at a time: small enough to stay in the first-level cache.
     const BLOCK: usize = 2048;
@@ -79,13 +119,18 @@ fn write_range(reduction: &mut Reduction, start: usize, values: &[f32]) {
     }
 }
 
-/// Sums small vectors in rank order.
-pub(crate) fn sum_control(parts: impl Iterator<Item = Vec<f64>>) -> Vec<f64> {
-    parts
-        .reduce(|mut sum, part| {
-            assert_eq!(sum.len(), part.len(), "all ranks agree on as many values");
-            sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
-            sum
-        })
-        .unwrap_or_default()
+/// Sums small vectors; `parts` are in rank order.
+///
+/// # Errors
+/// The failure of the first rank that brings another number of values than the first one.
+pub(crate) fn sum_control(mut parts: impl Iterator<Item = (usize, Vec<f64>)>) -> Result<Vec<f64>, CommError> {
+    let Some((first, mut sum)) = parts.next() else { return Ok(Vec::new()) };
+    for (rank, part) in parts {
+        if part.len() != sum.len() {
+            let reason = format!("it sums {} values while rank {first} sums {}", part.len(), sum.len());
+            return Err(CommError::RankFailed { rank, reason });
+        }
+        sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+    }
+    Ok(sum)
 }

@@ -113,17 +113,17 @@ impl Wire {
         let ranks = self.launched.len();
         let id = CollectiveId { channel, sequence: self.launched[rank][channel as usize] };
         self.launched[rank][channel as usize] += 1;
-        let members = match shape {
-            Shape::AllToAll { .. } => (0..ranks).collect(),
-            Shape::AllReduce { members, .. } if !members.contains(&rank) => return id,
-            Shape::AllReduce { members, .. } => members.to_vec(),
-        };
-        let collective = self.collectives.entry(id).or_insert_with(|| Collective {
-            launched: vec![false; ranks],
-            matrix: if matches!(shape, Shape::AllToAll { .. }) { vec![0; ranks * ranks] } else { Vec::new() },
-            reduced_bytes: 0,
-            state: State::Gathering,
-            members,
+        if let Shape::AllReduce { members, .. } = shape
+            && !members.contains(&rank)
+        {
+            return id;
+        }
+        let collective = self.collectives.entry(id).or_insert_with(|| {
+            let (members, matrix) = match shape {
+                Shape::AllToAll { .. } => ((0..ranks).collect(), vec![0; ranks * ranks]),
+                Shape::AllReduce { members, .. } => (members.to_vec(), Vec::new()),
+            };
+            Collective { members, launched: vec![false; ranks], matrix, reduced_bytes: 0, state: State::Gathering }
         });
         collective.launched[rank] = true;
         match shape {
@@ -131,7 +131,6 @@ impl Wire {
                 collective.matrix[rank * ranks..(rank + 1) * ranks].copy_from_slice(bytes_to);
             }
             Shape::AllReduce { bytes, .. } => {
-                debug_assert!(collective.reduced_bytes == 0 || collective.reduced_bytes == bytes);
                 collective.reduced_bytes = bytes;
             }
         }

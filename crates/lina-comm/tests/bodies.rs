@@ -11,6 +11,8 @@ use lina_plan::{Launch, Policy, PolicyRules, PolicySettings};
 const LAYERS: u32 = 3;
 const GRADIENT: usize = 1000;
 const REPLICATED: usize = 300;
+/// Evaluation passes are numbered from here.
+const EVALUATION: u64 = 1000;
 
 type Logs = Vec<Vec<(u64, Launch)>>;
 
@@ -92,11 +94,20 @@ fn moe_layer(comm: &mut Comm, direction: Direction, layer: u32) -> Result<(), Co
 }
 
 fn train(comm: &mut Comm, steps: u64, fail_at: Option<(usize, u64)>) -> Result<Vec<StepStats>, CommError> {
+    train_from(comm, 0, steps, fail_at)
+}
+
+fn train_from(
+    comm: &mut Comm,
+    first_step: u64,
+    steps: u64,
+    fail_at: Option<(usize, u64)>,
+) -> Result<Vec<StepStats>, CommError> {
     let (me, ranks) = (comm.rank(), comm.ranks());
     let mut dense = SharedBuffer::zeros(LAYERS as usize * GRADIENT);
     let mut expert = SharedBuffer::zeros(if me == 1 || me == 2 { LAYERS as usize * REPLICATED } else { 0 });
     let mut stats = Vec::new();
-    for step in 0..steps {
+    for step in first_step..first_step + steps {
         comm.begin_step(step)?;
         for micro_batch in 0..2 {
             comm.begin_micro_batch(micro_batch == 1)?;
@@ -141,8 +152,11 @@ fn train(comm: &mut Comm, steps: u64, fail_at: Option<(usize, u64)>) -> Result<V
 
 /// Runs one thread a rank and returns what each came to.
 fn run(comms: Vec<Comm>, steps: u64, fail_at: Option<(usize, u64)>) -> Vec<Result<Vec<StepStats>, CommError>> {
-    let threads: Vec<_> =
-        comms.into_iter().map(|mut comm| std::thread::spawn(move || train(&mut comm, steps, fail_at))).collect();
+    run_each(comms, move |comm| train(comm, steps, fail_at))
+}
+
+fn run_each<R: Send + 'static>(comms: Vec<Comm>, main: impl Fn(&mut Comm) -> R + Copy + Send + 'static) -> Vec<R> {
+    let threads: Vec<_> = comms.into_iter().map(|mut comm| std::thread::spawn(move || main(&mut comm))).collect();
     threads.into_iter().map(|thread| thread.join().unwrap()).collect()
 }
 
@@ -189,6 +203,91 @@ fn launch_order_is_one_under_random_delays() {
             assert!(results.iter().all(Result::is_ok), "{policy}: {results:?}");
             assert_one_order(&job.launch_logs(), 8, true);
         }
+    }
+}
+
+/// Trains with a forward pass without gradients after every step, under a number of its own.
+fn train_and_evaluate(comm: &mut Comm, steps: u64) -> Result<Vec<StepStats>, CommError> {
+    let mut stats = Vec::new();
+    for step in 0..steps {
+        stats.extend(train_from(comm, step, 1, None)?);
+        comm.begin_evaluation(EVALUATION + step)?;
+        for layer in 0..LAYERS {
+            work(comm, WorkKind::Attention, layer, 30_000)?;
+            moe_layer(comm, Direction::Forward, layer)?;
+        }
+        let mut loss = [0.5, comm.rank() as f64];
+        comm.sum(&mut loss)?;
+        let ranks = comm.ranks();
+        assert_eq!(loss, [0.5 * ranks as f64, (0..ranks).sum::<usize>() as f64]);
+        let evaluation = comm.end_step();
+        assert_eq!((evaluation.all_reduce, evaluation.all_to_all_backward), (0, 0));
+        assert!(evaluation.all_to_all > 0 && evaluation.step >= evaluation.all_to_all_blocked);
+    }
+    Ok(stats)
+}
+
+/// Evaluation passes leave the steps around them as they are: their plans, their times, their bounds.
+#[test]
+fn evaluation_passes_lie_between_steps() {
+    let steps = 6;
+    for policy in Policy::ALL {
+        let once = |evaluate: bool| {
+            let cluster = emulated(4, None);
+            let results = run_each(cluster.comms(rules(policy)), move |comm| {
+                if evaluate { train_and_evaluate(comm, steps) } else { train(comm, steps, None) }
+            });
+            let mut stats: Vec<Vec<StepStats>> = results.into_iter().map(Result::unwrap).collect();
+            stats.iter_mut().flatten().for_each(|stats| stats.deciding_wall = 0);
+            let mut logs = cluster.launch_logs();
+            logs.iter_mut().for_each(|log| log.retain(|(step, _)| *step < EVALUATION));
+            (stats, logs, cluster.take_bounds())
+        };
+        assert_eq!(once(true), once(false), "{policy}");
+        let (job, comms) = local(4, None, Duration::from_secs(20), policy);
+        let results = run_each(comms, move |comm| train_and_evaluate(comm, steps));
+        assert!(results.iter().all(Result::is_ok), "{policy}: {results:?}");
+        assert_one_order(&job.launch_logs(), EVALUATION + steps, true);
+    }
+}
+
+/// Trains while another pair of ranks holds the replicated expert in every step, and checks its sums.
+fn train_with_changing_groups(comm: &mut Comm, steps: u64) -> Result<(), CommError> {
+    let (me, ranks) = (comm.rank(), comm.ranks());
+    let mut expert = SharedBuffer::zeros(REPLICATED);
+    for step in 0..steps {
+        let mut pair = [step as usize % ranks, (step as usize + 1) % ranks];
+        pair.sort_unstable();
+        comm.set_groups(&[(0..ranks).collect(), vec![0], pair.to_vec()])?;
+        comm.begin_step(step)?;
+        comm.begin_micro_batch(true)?;
+        moe_layer(comm, Direction::Backward, 0)?;
+        expert.range_mut(0..REPLICATED).fill((me + 1) as f32);
+        let local = pair.contains(&me).then_some((&mut expert, 0..REPLICATED));
+        comm.reduce_gradient(GradientRegion { group: GroupId(2), elements: REPLICATED, local })?;
+        comm.finish_gradients()?;
+        let expected = if pair.contains(&me) { pair[0] + pair[1] + 2 } else { me + 1 };
+        assert!(expert.range(0..REPLICATED).iter().all(|&x| x == expected as f32), "step {step} on rank {me}");
+        let stats = comm.stats();
+        assert_eq!((stats.ffn_micro_ops, stats.token_exchange_micro_ops), (2, 4), "step {step} on rank {me}");
+        assert!(stats.token_exchange > 0 && stats.token_exchange <= stats.all_to_all);
+        comm.agree(&mut [0.0])?;
+        comm.end_step();
+    }
+    Ok(())
+}
+
+#[test]
+fn groups_change_between_steps() {
+    for delays in [None, Some(Delays { seed: 3, max_us: 200 })] {
+        let cluster = emulated(4, delays);
+        let results = run_each(cluster.comms(rules(Policy::Lina)), |comm| train_with_changing_groups(comm, 9));
+        assert!(results.iter().all(Result::is_ok), "{results:?}");
+        assert_one_order(&cluster.launch_logs(), 9, true);
+        let (job, comms) = local(4, delays, Duration::from_secs(20), Policy::Lina);
+        let results = run_each(comms, |comm| train_with_changing_groups(comm, 9));
+        assert!(results.iter().all(Result::is_ok), "{results:?}");
+        assert_one_order(&job.launch_logs(), 9, true);
     }
 }
 

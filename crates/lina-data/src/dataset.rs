@@ -99,6 +99,13 @@ impl Dataset {
         check_fraction(eval_fraction)?;
         let windows = count_windows(&stream, sequence_tokens, "training")?;
         let (train, held_out) = hold_out(windows, eval_fraction);
+        if train.is_empty() && windows > 1 {
+            return Err(DataError::Setting {
+                key: "eval_fraction",
+                found: format!("{eval_fraction} of {windows} sequences, all of them"),
+                expected: "a fraction that leaves some to train on",
+            });
+        }
         if train.is_empty() {
             return Err(DataError::TooShort {
                 part: "training",

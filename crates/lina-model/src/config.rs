@@ -15,6 +15,12 @@ pub use section::ModelSection;
 
 /// More layers than any model has; lists of layers are made before a configuration is checked.
 const MAX_LAYERS: usize = 1 << 16;
+/// More experts in all layers together than any model has; each has names of its own.
+const MAX_ALL_EXPERTS: usize = 1 << 20;
+/// Larger models fit no machine, and the sizes of their buffers would not fit 64 bits.
+const MAX_PARAMETERS: f64 = 1e13;
+/// Activations of one token, for the same reason.
+const MAX_TOKEN_ACTIVATIONS: f64 = 1e8;
 
 /// A model that cannot be, or that this crate would compute wrongly. One sentence: where, what was found, what is
 /// expected.
@@ -315,6 +321,14 @@ impl ModelConfig {
         }
         let layers = 1..=MAX_LAYERS;
         require(layers.contains(&self.layers), "layers", self.layers, &format!("a number from 1 to {MAX_LAYERS}"))?;
+        let most = MAX_ALL_EXPERTS / self.layers;
+        require(
+            self.experts <= most,
+            "experts",
+            self.experts,
+            &format!("at most {most} in each of {} layers", self.layers),
+        )?;
+        self.check_total()?;
         require(
             self.heads.is_multiple_of(self.kv_heads),
             "heads",
@@ -367,6 +381,26 @@ impl ModelConfig {
         }
         self.router.check()?;
         self.check_family()
+    }
+
+    /// Sizes that are possible one by one and not together.
+    fn check_total(&self) -> Result<(), String> {
+        let [vocab, hidden, layers, experts, inner] =
+            [self.vocab, self.hidden, self.layers, self.experts, self.expert_hidden.max(self.dense_hidden)]
+                .map(|size| size as f64);
+        let heads = (self.heads as f64 + 2.0 * self.kv_heads as f64) * self.head_dim as f64;
+        let parameters = 2.0 * vocab * hidden + layers * hidden * (2.0 * heads + experts * (3.0 * inner + 1.0));
+        let activations =
+            vocab + layers * (8.0 * hidden + 2.0 * heads + experts + self.top_k as f64 * (hidden + 3.0 * inner));
+        for (found, what, most) in [
+            (parameters, "parameters", MAX_PARAMETERS),
+            (activations, "activations of each token", MAX_TOKEN_ACTIVATIONS),
+        ] {
+            if found > most {
+                return Err(format!("the sizes make {found:.1e} {what}, expected at most {most:.0e}"));
+            }
+        }
+        Ok(())
     }
 
     /// Switches that would be lost in the family's `config.json`.

@@ -1,6 +1,6 @@
 //! The decoder: embedding, layers of attention and feed-forward, head and loss, and the way back.
 
-use lina_comm::{Comm, CommError, WorkKind};
+use lina_comm::{Comm, CommError, SharedBuffer, WorkKind};
 use lina_kernels::{self as kernels, Compute, IGNORED, Mat, MatMut, RotaryTable};
 use lina_plan::ExpertLayout;
 
@@ -130,6 +130,23 @@ impl Model {
             limits,
             compute,
         })
+    }
+
+    /// Gives the rank other experts between two passes: those of `experts`, with the weights `weights`
+    /// (`[experts_len]` of the new [`layout`](Self::layout)). Dense parameters and their gradients stay where they are;
+    /// gradients of experts are zeros.
+    ///
+    /// # Panics
+    /// If the layout is for another number of ranks or experts, or `weights` has another length.
+    pub fn set_experts(&mut self, experts: ExpertLayout, weights: Vec<f32>) {
+        let (old, rank) = (&self.experts, self.moe.rank());
+        assert_eq!((old.ranks(), old.experts()), (experts.ranks(), experts.experts()), "ranks and experts stay");
+        self.layout = ParameterLayout::new(&self.config, experts.held_by(rank));
+        assert_eq!(weights.len(), self.layout.experts_len(), "weights of every expert that the rank holds");
+        self.parameters.expert_gradients = SharedBuffer::zeros(weights.len());
+        self.parameters.experts = weights;
+        self.moe.set_layout(&experts);
+        self.experts = experts;
     }
 
     /// The configuration.

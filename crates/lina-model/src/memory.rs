@@ -30,7 +30,7 @@ pub fn memory_plan(config: &ModelConfig, experts: &ExpertLayout, rank: usize, li
     let served: usize = (0..ranks)
         .map(|source| (0..config.experts).filter(|&expert| experts.destination(source, expert) == rank).count())
         .sum();
-    let received = (sent * served).div_ceil(config.experts);
+    let received = (sent as u128 * served as u128).div_ceil(config.experts as u128) as usize;
     let (hidden, inner) = (config.hidden, config.expert_hidden);
     let input_width = config.ffn.input_matrices() * inner;
     let saved = config.moe_layers() * (received * (hidden + input_width) + sent * hidden);

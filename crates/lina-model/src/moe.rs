@@ -146,6 +146,17 @@ impl MoeShared {
             grad_inputs: Vec::new(),
         }
     }
+
+    /// The rank that this is for.
+    pub fn rank(&self) -> usize {
+        self.routes.rank()
+    }
+
+    /// Other ways for tokens and gradients, between two passes.
+    pub fn set_layout(&mut self, layout: &ExpertLayout) {
+        self.routes = Routes::new(layout, self.routes.rank(), self.routes.top_k());
+        self.groups = (0..layout.experts()).map(|expert| layout.group(expert)).collect();
+    }
 }
 
 impl Moe {

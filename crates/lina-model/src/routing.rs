@@ -48,6 +48,14 @@ impl Routes {
             slots: held.len(),
         }
     }
+
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub fn top_k(&self) -> usize {
+        self.top_k
+    }
 }
 
 /// Rows of one expert from one source, or neighbouring ones of one expert.

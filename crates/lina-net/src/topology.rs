@@ -134,22 +134,28 @@ impl Topology {
     }
 
     fn sum_loads(&self, messages: impl Iterator<Item = (usize, usize, f64)>) -> Vec<Load> {
-        let mut loads: Vec<Load> = Vec::new();
-        let mut add = |port, bytes| match loads.iter_mut().find(|load| load.port == port) {
-            Some(load) => load.bytes += bytes,
-            None => loads.push(Load { port, bytes }),
-        };
-        for (source, destination, bytes) in messages.filter(|(_, _, bytes)| *bytes > 0.0) {
+        let (ranks, nodes) = (self.ranks(), self.link.nodes);
+        let (mut node_out, mut node_in) = (vec![0.0; nodes], vec![0.0; nodes]);
+        let (mut rank_out, mut rank_in) = (vec![0.0; ranks], vec![0.0; ranks]);
+        for (source, destination, bytes) in messages {
             let (from, to) = (self.node_of[source], self.node_of[destination]);
             if from == to {
-                add(Port::RankOut(source), bytes);
-                add(Port::RankIn(destination), bytes);
+                rank_out[source] += bytes;
+                rank_in[destination] += bytes;
             } else {
-                add(Port::NodeOut(from), bytes);
-                add(Port::NodeIn(to), bytes);
+                node_out[from] += bytes;
+                node_in[to] += bytes;
             }
         }
-        loads
+        let loads = |port: fn(usize) -> Port, sums: Vec<f64>| {
+            let loads = sums.into_iter().enumerate().map(move |(place, bytes)| Load { port: port(place), bytes });
+            loads.filter(|load| load.bytes > 0.0)
+        };
+        loads(Port::NodeOut, node_out)
+            .chain(loads(Port::NodeIn, node_in))
+            .chain(loads(Port::RankOut, rank_out))
+            .chain(loads(Port::RankIn, rank_in))
+            .collect()
     }
 }
 

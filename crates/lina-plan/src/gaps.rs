@@ -61,10 +61,10 @@ impl GapTimings {
         message.extend(&self.alone);
     }
 
-    /// The mean over the ranks of what they encoded, given the sum, and the number of members of each group.
+    /// The mean over the ranks of what they encoded, given the sum, and the members of each group.
     /// Structure (gaps, groups) is the same on all ranks and is taken from `self`.
-    pub fn decode_sum(&self, sum: &[f64], group_sizes: &[usize]) -> GapTimings {
-        let ranks = group_sizes[GroupId::WORLD.0 as usize] as f64;
+    pub fn decode_sum(&self, sum: &[f64], groups: &[Vec<usize>]) -> GapTimings {
+        let ranks = groups[GroupId::WORLD.0 as usize].len() as f64;
         let (windows, rest) = sum.split_at(self.windows.len());
         let (ready_offset, alone) = rest.split_at(self.ready_offset.len());
         GapTimings {
@@ -73,52 +73,60 @@ impl GapTimings {
             alone: alone
                 .iter()
                 .zip(&self.group)
-                .map(|(sum, group)| sum / group_sizes[group.0 as usize] as f64)
+                .map(|(sum, group)| sum / groups[group.0 as usize].len() as f64)
                 .collect(),
             ..self.clone()
         }
     }
 }
 
-/// How many of a step's allreduce micro-ops have launched by the end of each gap. Micro-ops beyond the last gap
-/// launch when backward is over.
+/// How many of a step's allreduce micro-ops have launched by the end of each gap. In the last one, after which no
+/// all-to-all comes, each launches when it is ready and the link is free.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GapPlan {
     launched_by_end: Vec<u32>,
 }
 
 impl GapPlan {
-    /// Fills the gaps of the next step, first micro-op first, under `rules`.
+    /// Fills the gaps of the next step, first micro-op first, under `rules`. A rank reduces one micro-op at a time;
+    /// `groups` (the ranks of each) says which of them share no rank and run side by side.
     ///
     /// Rules that need no timings ([`GapRule::Eager`], [`GapRule::BetweenPairs`]) have an empty plan: the
     /// sequencer follows the program's order. An unknown duration counts as one that does not fit, which sends the
     /// micro-op to the tail of the step, where it is measured.
-    pub fn new(rules: &PolicyRules, timings: &GapTimings) -> Self {
+    pub fn new(rules: &PolicyRules, timings: &GapTimings, groups: &[Vec<usize>]) -> Self {
         let (between_pairs_only, must_finish) = match rules.gap {
             GapRule::Eager | GapRule::BetweenPairs => return GapPlan::default(),
             GapRule::StartsInGap => (false, false),
             GapRule::FinishesBetweenPairs => (true, true),
         };
         let mut next = 0;
+        // When the last micro-op of the gap ends on each rank.
+        let mut free = vec![0.0; groups[GroupId::WORLD.0 as usize].len()];
         let mut launched_by_end = Vec::with_capacity(timings.windows.len());
         for (gap, (&window, &between)) in timings.windows.iter().zip(&timings.between_pairs).enumerate() {
-            let mut now = 0.0;
+            free.fill(0.0);
             while (between || !between_pairs_only) && next < timings.alone.len() {
                 let ready = match timings.ready_gap[next] as usize {
                     ready_gap if ready_gap > gap => break,
                     ready_gap if ready_gap == gap => timings.ready_offset[next],
                     _ => 0.0,
                 };
-                let start = f64::max(now, ready);
+                let members = &groups[timings.group[next].0 as usize];
+                let start = members.iter().map(|&rank| free[rank]).fold(ready, f64::max);
                 let end = start + timings.alone[next];
                 let fits = if must_finish { end <= window } else { start < window };
                 if timings.alone[next] <= 0.0 || !fits {
                     break;
                 }
-                now = end;
+                members.iter().for_each(|&rank| free[rank] = end);
                 next += 1;
             }
             launched_by_end.push(next as u32);
+        }
+        // Nothing comes after the last gap: whatever is ready may launch.
+        if let Some(last) = launched_by_end.last_mut() {
+            *last = timings.alone.len() as u32;
         }
         GapPlan { launched_by_end }
     }
@@ -164,9 +172,10 @@ impl GapMeasurement {
         self.open_since = now;
     }
 
-    pub(crate) fn all_reduce_ready(&mut self, now: Nanos, group: GroupId) {
+    /// `outstanding` says whether all-to-alls are: then the gap is yet to open.
+    pub(crate) fn all_reduce_ready(&mut self, now: Nanos, group: GroupId, outstanding: bool) {
         self.timings.ready_gap.push(self.gap() as u32);
-        self.timings.ready_offset.push(now.saturating_sub(self.open_since) as f64);
+        self.timings.ready_offset.push(if outstanding { 0.0 } else { (now - self.open_since) as f64 });
         self.timings.alone.push(0.0);
         self.timings.group.push(group);
     }
@@ -176,7 +185,7 @@ impl GapMeasurement {
         self.timings.alone[index as usize] = alone.max(1) as f64;
     }
 
-    /// The step's timings. The tail counts as a gap without end.
+    /// The step's timings. The tail is a gap without a window: it has no end.
     pub(crate) fn timings(&self) -> GapTimings {
         let mut timings = self.timings.clone();
         timings.windows.push(0.0);
@@ -201,12 +210,32 @@ mod tests {
     }
 
     fn plan(policy: Policy, timings: &GapTimings) -> Vec<u32> {
-        GapPlan::new(&PolicyRules::new(policy, &PolicySettings::default()), timings).launched_by_end
+        let groups = [vec![0, 1, 2, 3], vec![0, 1], vec![2, 3]];
+        GapPlan::new(&PolicyRules::new(policy, &PolicySettings::default()), timings, &groups).launched_by_end
     }
 
     #[test]
     fn lina_launches_what_finishes_between_pairs() {
-        assert_eq!(plan(Policy::Lina, &timings()), [0, 0, 3, 3]);
+        assert_eq!(plan(Policy::Lina, &timings()), [0, 0, 3, 4]);
+    }
+
+    #[test]
+    fn micro_ops_of_other_ranks_run_side_by_side() {
+        let (together, apart) = ([1, 1, 1, 1], [1, 2, 1, 2]);
+        let plan = |groups: [u32; 4]| {
+            plan(
+                Policy::Lina,
+                &GapTimings {
+                    windows: vec![0.0, 0.0, 70.0, 0.0],
+                    ready_gap: vec![2; 4],
+                    ready_offset: vec![0.0; 4],
+                    group: groups.map(GroupId).to_vec(),
+                    ..timings()
+                },
+            )
+        };
+        assert_eq!(plan(together), [0, 0, 2, 4]);
+        assert_eq!(plan(apart), [0, 0, 4, 4]);
     }
 
     #[test]
@@ -218,7 +247,7 @@ mod tests {
     fn unknown_durations_go_to_the_tail() {
         let mut timings = timings();
         timings.alone[1] = 0.0;
-        assert_eq!(plan(Policy::Lina, &timings), [0, 0, 1, 1]);
+        assert_eq!(plan(Policy::Lina, &timings), [0, 0, 1, 4]);
     }
 
     #[test]
@@ -229,7 +258,7 @@ mod tests {
         timings().encode(&mut a);
         other.encode(&mut b);
         let sum: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
-        assert_eq!(timings().decode_sum(&sum, &[2]), other.decode_sum(&sum, &[2]));
-        assert_eq!(timings().decode_sum(&sum, &[2]).windows[1], 100.0);
+        assert_eq!(timings().decode_sum(&sum, &[vec![0, 1]]), other.decode_sum(&sum, &[vec![0, 1]]));
+        assert_eq!(timings().decode_sum(&sum, &[vec![0, 1]]).windows[1], 100.0);
     }
 }

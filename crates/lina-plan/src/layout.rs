@@ -108,6 +108,11 @@ impl ExpertLayout {
         &self.held[rank]
     }
 
+    /// Experts of the rank that holds most.
+    pub fn most_per_rank(&self) -> usize {
+        self.held.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
     /// Ranks that hold `expert`, ascending.
     pub fn holders(&self, expert: usize) -> &[usize] {
         &self.holders[expert]

@@ -2,8 +2,8 @@
 //!
 //! Nothing here does I/O, reads a clock, starts a thread or knows an engine. Time and events come in as
 //! arguments ([`Nanos`], submissions, completions), decisions go out as values ([`Launch`], [`GapPlan`],
-//! [`ExpertLayout`]). The runtime, the emulated cluster and the bound's replay all carry out the same decisions,
-//! so a schedule can be unit-tested, replayed from a seed and run for real with one piece of code.
+//! [`ExpertLayout`]). The runtime and the emulated cluster carry out the same decisions, so a schedule can be
+//! unit-tested, replayed from a seed and run for real with one piece of code.
 //!
 //! | question | answered by |
 //! |---|---|
@@ -12,12 +12,14 @@
 //! | how many micro-ops fit between two all-to-alls? | [`GapPlan`] |
 //! | what distinguishes the policies? | [`PolicyRules`] |
 //! | which rank holds which expert? | [`ExpertLayout`] |
+//! | how many experts does a rank hold? | [`PackingController`] |
 //! | which tokens are in which pipeline chunk? | [`chunk_range`] |
 
 mod cutter;
 mod gaps;
 mod layout;
 mod operation;
+mod packing;
 mod policy;
 mod sequencer;
 mod split;
@@ -26,6 +28,7 @@ pub use cutter::{GradientCutter, MicroOp};
 pub use gaps::{GapPlan, GapTimings};
 pub use layout::{ExpertLayout, LayoutError};
 pub use operation::{AllToAllKind, Direction, GroupId, Leg, Nanos};
-pub use policy::{AllReduceUnit, GapRule, MoeShape, Policy, PolicyRules, PolicySettings, WeightGradients};
+pub use packing::{PACKING_VALUES, PackingController, PackingLadder, PackingSample};
+pub use policy::{AllReduceUnit, GapRule, MoeShape, Policy, PolicyRules, PolicySettings, Schedule, WeightGradients};
 pub use sequencer::{Launch, Sequencer};
 pub use split::{chunk_range, share_range};

@@ -49,6 +49,57 @@ impl FromStr for Policy {
     }
 }
 
+/// A policy with or without expert packing: what a comparison has a row of.
+///
+/// ```
+/// use lina_plan::{Policy, Schedule};
+/// let schedule: Schedule = "lina+packing".parse().unwrap();
+/// assert_eq!(schedule, Schedule { policy: Policy::Lina, packing: true });
+/// assert_eq!(schedule.to_string(), "lina+packing");
+/// assert_eq!("fair".parse(), Ok(Schedule::from(Policy::Fair)));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Schedule {
+    /// How gradients and all-to-alls share the network.
+    pub policy: Policy,
+    /// Whether the experts of a rank are decided as the run goes on.
+    pub packing: bool,
+}
+
+/// What follows a policy's name where experts are packed.
+const PACKING_SUFFIX: &str = "+packing";
+
+impl Schedule {
+    /// Every policy without, then every policy with packing.
+    pub fn all() -> impl Iterator<Item = Schedule> {
+        [false, true].into_iter().flat_map(|packing| Policy::ALL.map(|policy| Schedule { policy, packing }))
+    }
+}
+
+impl From<Policy> for Schedule {
+    fn from(policy: Policy) -> Self {
+        Schedule { policy, packing: false }
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.policy, if self.packing { PACKING_SUFFIX } else { "" })
+    }
+}
+
+impl FromStr for Schedule {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let (policy, packing) = match name.strip_suffix(PACKING_SUFFIX) {
+            Some(policy) => (policy, true),
+            None => (name, false),
+        };
+        Ok(Schedule { policy: policy.parse()?, packing })
+    }
+}
+
 /// The sizes a user may set. Bytes are of gradients on one rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PolicySettings {

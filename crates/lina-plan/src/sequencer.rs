@@ -134,9 +134,10 @@ impl Sequencer {
     /// A gradient of `elements` elements is ready to be summed over `group`.
     pub fn gradient_ready(&mut self, now: Nanos, group: GroupId, elements: usize) {
         if self.reduces {
+            let outstanding = self.all_to_alls_outstanding();
             let Sequencer { cutter, ready, measurement, .. } = self;
             cutter.push(group, elements, &mut |op| {
-                measurement.all_reduce_ready(now, op.group);
+                measurement.all_reduce_ready(now, op.group, outstanding);
                 ready.push_back(op);
             });
             self.fill_gap(now);
@@ -145,9 +146,10 @@ impl Sequencer {
 
     /// Backward is over; what has not launched launches now.
     pub fn flush(&mut self, now: Nanos) {
+        let outstanding = self.all_to_alls_outstanding();
         let Sequencer { cutter, ready, measurement, .. } = self;
         cutter.flush(&mut |op| {
-            measurement.all_reduce_ready(now, op.group);
+            measurement.all_reduce_ready(now, op.group, outstanding);
             ready.push_back(op);
         });
         self.flushed = true;
@@ -163,17 +165,17 @@ impl Sequencer {
         }
     }
 
-    /// The oldest outstanding allreduce is complete on this rank. `member` says whether the rank took part in it.
-    pub fn all_reduce_done(&mut self, now: Nanos, member: bool) {
-        let index = self.all_reduces_done;
+    /// Allreduce `index` is complete on this rank: the oldest of those outstanding in which the rank takes part, or,
+    /// right at its launch, one in which it takes no part (not a `member`).
+    pub fn all_reduce_done(&mut self, now: Nanos, index: u32, member: bool) {
         self.all_reduces_done += 1;
-        if let Some(since) = self.all_reduce_alone_since
-            && member
-        {
-            self.measurement.all_reduce_took(index, now - since);
+        if member {
+            if let Some(since) = self.all_reduce_alone_since {
+                self.measurement.all_reduce_took(index, now - since);
+            }
+            self.all_reduce_alone_since =
+                (self.all_reduces_outstanding() && !self.all_to_alls_outstanding()).then_some(now);
         }
-        self.all_reduce_alone_since =
-            (self.all_reduces_outstanding() && !self.all_to_alls_outstanding()).then_some(now);
         self.fill_gap(now);
     }
 
@@ -248,5 +250,31 @@ impl Sequencer {
             self.decided.push_back(Launch::AllReduce { index: self.all_reduces_launched, op });
             self.all_reduces_launched += 1;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Policy, PolicySettings};
+
+    #[test]
+    fn an_allreduce_of_others_leaves_the_measured_one_alone() {
+        let rules = PolicyRules::new(Policy::Lina, &PolicySettings::default());
+        let mut sequencer = Sequencer::default();
+        sequencer.begin_step(0, rules, GapPlan::default());
+        for group in [0, 1, 0] {
+            sequencer.gradient_ready(0, GroupId(group), 10);
+        }
+        sequencer.flush(100);
+        while let Some(Launch::AllReduce { index, op }) = sequencer.next_launch() {
+            if op.group != GroupId::WORLD {
+                sequencer.all_reduce_done(100, index, false);
+            }
+        }
+        sequencer.all_reduce_done(130, 0, true);
+        sequencer.all_reduce_done(200, 2, true);
+        assert_eq!(sequencer.timings().alone, [30.0, 0.0, 70.0]);
+        assert!(sequencer.gradients_finished());
     }
 }

@@ -11,6 +11,8 @@ use crate::{Align, Table};
 pub struct PolicyRow {
     /// The policy's name.
     pub policy: String,
+    /// Most experts of an MoE layer on a rank while it was measured.
+    pub experts_per_rank: usize,
     /// Median time of a step.
     pub step_ms_median: f64,
     /// 95th percentile of the steps' times.
@@ -45,6 +47,7 @@ pub fn policy_table(rows: &[PolicyRow], emulated: bool, link_bound_ms: Option<f6
     use Align::{Left, Right};
     let mut table = Table::new([
         ("\npolicy", Left),
+        ("experts\na rank", Right),
         ("step ms\nmedian", Right),
         ("step ms\np95", Right),
         ("speed-up\nover fair", Right),
@@ -60,6 +63,7 @@ pub fn policy_table(rows: &[PolicyRow], emulated: bool, link_bound_ms: Option<f6
     for row in rows {
         table.row([
             row.policy.clone(),
+            row.experts_per_rank.to_string(),
             significant(row.step_ms_median),
             significant(row.step_ms_p95),
             times(row.speedup_vs_fair),
@@ -106,6 +110,7 @@ pub(crate) mod tests {
     pub(crate) fn row(policy: &str, step_ms: f64) -> PolicyRow {
         PolicyRow {
             policy: policy.into(),
+            experts_per_rank: 2,
             step_ms_median: step_ms,
             step_ms_p95: step_ms * 1.1,
             speedup_vs_fair: Some(29.0 / step_ms),
@@ -127,11 +132,11 @@ pub(crate) mod tests {
             text,
             "\
 Times are emulated (virtual time of an emulated cluster). The busiest link alone needs 12.3 ms a step.
-        step ms  step ms   speed-up   waits for  allreduce  blocked  backward  the same  slow-  bound  step /
-policy   median      p95  over fair  all-to-all    of step       ms    a2a ms     alone   down     ms   bound
-─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-fair       29.0     31.9      1.00x      31.4 %      5.0 %     10.0      4.50      2.46  1.83x      –       –
-lina       18.5     20.4      1.57x      31.4 %      5.0 %     10.0      4.50      2.46  1.83x      –       –
+        experts  step ms  step ms   speed-up   waits for  allreduce  blocked  backward  the same  slow-  bound  step /
+policy   a rank   median      p95  over fair  all-to-all    of step       ms    a2a ms     alone   down     ms   bound
+──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+fair          2     29.0     31.9      1.00x      31.4 %      5.0 %     10.0      4.50      2.46  1.83x      –       –
+lina          2     18.5     20.4      1.57x      31.4 %      5.0 %     10.0      4.50      2.46  1.83x      –       –
 "
         );
         assert!(policy_table(&[], false, None).starts_with("Times are wall-clock time.\n"));
@@ -145,6 +150,7 @@ lina       18.5     20.4      1.57x      31.4 %      5.0 %     10.0      4.50   
             names,
             [
                 "policy",
+                "experts_per_rank",
                 "step_ms_median",
                 "step_ms_p95",
                 "speedup_vs_fair",

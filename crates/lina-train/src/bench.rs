@@ -1,14 +1,17 @@
 //! Policies side by side in one run: the same model, the same data, interleaved rounds.
 
 use lina_comm::{Comm, StepBound, StepStats};
-use lina_plan::{ExpertLayout, Policy};
+use lina_plan::{ExpertLayout, Policy, Schedule};
 use lina_report::{PolicyRow, policy_table};
 use serde::Serialize;
 
 use crate::TrainError;
-use crate::config::{BenchConfig, RunConfig};
+use crate::config::{BenchConfig, Engine, RunConfig};
 use crate::data::load_data;
+use crate::gather::gather_samples;
 use crate::job::{JobOutcome, run_job};
+use crate::memory::MemoryPlan;
+use crate::packing::{Packing, PackingPlan};
 use crate::worker::Worker;
 
 /// What `lina bench train` is asked for.
@@ -16,8 +19,8 @@ use crate::worker::Worker;
 pub struct BenchOptions {
     /// Model, data and cluster.
     pub config: RunConfig,
-    /// Policies, in the order of the table.
-    pub policies: Vec<Policy>,
+    /// Policies with or without packing, in the order of the table.
+    pub policies: Vec<Schedule>,
     /// Times that every policy has its turn.
     pub rounds: usize,
     /// No progress on stderr.
@@ -58,52 +61,107 @@ pub(crate) struct Sample {
     policy: usize,
     step: u64,
     stats: StepStats,
+    experts_per_rank: usize,
+}
+
+impl Sample {
+    /// The sample as words, to send it to another process.
+    pub(crate) fn to_words(&self) -> Vec<u64> {
+        let Sample { policy, step, stats, experts_per_rank } = self;
+        let mut words = vec![*policy as u64, *step, *experts_per_rank as u64];
+        words.extend(stats.to_words());
+        words
+    }
+
+    /// The sample that [`to_words`](Self::to_words) made words of.
+    pub(crate) fn from_words(words: &[u64]) -> Self {
+        let (head, stats) = words.split_at(3);
+        let &[policy, step, experts_per_rank] = head else { unreachable!("3 words") };
+        let (policy, experts_per_rank) = (policy as usize, experts_per_rank as usize);
+        Sample { policy, step, stats: StepStats::from_words(stats), experts_per_rank }
+    }
 }
 
 /// Turns and lengths of a comparison.
 #[derive(Clone, Debug)]
 pub(crate) struct BenchPlan {
-    pub(crate) policies: Vec<Policy>,
-    pub(crate) rounds: usize,
-    pub(crate) warmup_steps: u64,
-    pub(crate) steps: u64,
+    policies: Vec<Schedule>,
+    rounds: usize,
+    warmup_steps: u64,
+    steps: u64,
+    /// For the policies with packing.
+    packing: Option<PackingPlan>,
+    /// For the others.
+    layout: ExpertLayout,
 }
 
 impl BenchPlan {
-    pub(crate) fn new(bench: &BenchConfig) -> Self {
-        BenchPlan {
+    /// What `bench` asks for, with `data_bytes` of data.
+    ///
+    /// # Errors
+    /// If the configured layout of the experts cannot be.
+    pub(crate) fn new(config: &RunConfig, bench: &BenchConfig, data_bytes: u64) -> Result<Self, TrainError> {
+        let packs = bench.policies.iter().any(|policy| policy.packing);
+        Ok(BenchPlan {
             policies: bench.policies.clone(),
             rounds: bench.rounds,
             warmup_steps: bench.warmup_steps,
             steps: bench.steps,
-        }
+            packing: packs.then(|| PackingPlan::new(config, data_bytes, None)).transpose()?,
+            layout: config.expert_layout().map_err(TrainError::input)?,
+        })
     }
 
-    /// Runs the turns on one rank, as steps `first_step`, ...; a turn's first steps let the policy learn its plan.
+    /// Runs the turns on one rank, as steps `first_step`, ...; a turn's first steps let the policy learn its plan. In the
+    /// first turn with packing more steps before them let the controller decide; later ones begin with what it came to.
+    /// `None` if `stop` asked for an end.
     pub(crate) fn run(
         &self,
         worker: &mut Worker<'_>,
         comm: &mut Comm,
         config: &RunConfig,
         first_step: u64,
+        stop: impl Fn() -> bool,
         mut progress: impl FnMut(usize, usize),
-    ) -> Result<Vec<Sample>, TrainError> {
+    ) -> Result<Option<Vec<Sample>>, TrainError> {
         let mut samples = Vec::new();
         let mut step = first_step;
         let turns = self.rounds * self.policies.len();
+        let start = |comm: &mut Comm| self.packing.as_ref().map(|plan| plan.start(comm, first_step)).transpose();
+        let ladder = start(comm)?;
+        let mut packings = vec![None; self.policies.len()];
         for turn in 0..turns {
             let policy = turn % self.policies.len();
-            comm.set_rules(config.policy_rules(self.policies[policy]));
+            comm.set_rules(config.policy_rules(self.policies[policy].policy));
+            let undecided = ladder.clone().filter(|_| self.policies[policy].packing && packings[policy].is_none());
+            if let Some(mut packing) = undecided {
+                worker.repack(comm, packing.layout(), step)?;
+                for _ in 0..packing.longest_climb_steps() {
+                    let outcome = worker.step(comm, step, stop())?;
+                    if outcome.stop {
+                        return Ok(None);
+                    }
+                    step += 1;
+                    packing.after_step(worker, comm, outcome.packing, step)?;
+                }
+                packings[policy] = Some(packing);
+            }
+            let layout = packings[policy].as_ref().map_or(&self.layout, Packing::layout);
+            worker.repack(comm, layout, step)?;
             for i in 0..self.warmup_steps + self.steps {
-                let outcome = worker.step(comm, step, false)?;
+                let outcome = worker.step(comm, step, stop())?;
+                if outcome.stop {
+                    return Ok(None);
+                }
                 if i >= self.warmup_steps {
-                    samples.push(Sample { policy, step, stats: outcome.stats });
+                    let experts_per_rank = layout.most_per_rank();
+                    samples.push(Sample { policy, step, stats: outcome.stats, experts_per_rank });
                 }
                 step += 1;
             }
             progress(turn + 1, turns);
         }
-        Ok(samples)
+        Ok(Some(samples))
     }
 
     /// The table's rows from every rank's samples and the steps' bounds.
@@ -133,12 +191,13 @@ impl BenchPlan {
             let (bound_ms, link_bound_ms) = (bound(&|b| b.graph), bound(&|b| b.link));
             link_bounds.extend(link_bound_ms);
             let fair = rows.iter().find(|row| row.policy == Policy::Fair.name()).map(|row| row.step_ms_median);
-            let fair = if *policy == Policy::Fair { Some(step_ms_median) } else { fair };
+            let fair = if *policy == Policy::Fair.into() { Some(step_ms_median) } else { fair };
             if number == 0 {
                 expert_share = share(&|s| s.expert);
             }
             rows.push(PolicyRow {
-                policy: policy.name().to_owned(),
+                policy: policy.to_string(),
+                experts_per_rank: turns.first().map_or(0, |&i| ranks[0][i].experts_per_rank),
                 step_ms_median,
                 step_ms_p95: ms(percentile(&steps, 0.95)),
                 speedup_vs_fair: fair.map(|fair| fair / step_ms_median),
@@ -175,27 +234,41 @@ impl BenchPlan {
 /// Bad configuration or data, or a lost rank.
 pub fn bench_train(options: BenchOptions) -> Result<BenchSummary, TrainError> {
     let BenchOptions { config, policies, rounds, quiet } = options;
-    let bench = config.bench_or_default();
+    let bench = BenchConfig { policies, rounds, ..config.bench_or_default() };
     let settle_steps = bench.settle_steps;
-    let plan = BenchPlan { policies, rounds, ..BenchPlan::new(&bench) };
     let loaded = load_data(&config)?;
     let experts = config.expert_layout().map_err(TrainError::input)?;
-    crate::memory::MemoryPlan::new(&config, &experts, loaded.bytes).check(config.cluster.memory_limit_bytes())?;
+    MemoryPlan::new(&config, &experts, loaded.bytes).check(config.cluster.memory_limit_bytes())?;
+    let plan = BenchPlan::new(&config, &bench, loaded.bytes)?;
     let job = |comm: &mut Comm| {
         let mut worker = prepared_worker(&config, &loaded.data, &experts, comm.rank())?;
         let rank = comm.rank();
         for step in 0..settle_steps {
             worker.step(comm, step, false)?;
         }
-        plan.run(&mut worker, comm, &config, settle_steps, |turn, turns| {
+        let progress = |turn, turns| {
             if rank == 0 && !quiet {
                 eprintln!("bench: turn {turn} of {turns}");
             }
-        })
+        };
+        // Nobody asks for a stop here: nothing would be lost without one.
+        let samples = plan.run(&mut worker, comm, &config, settle_steps, || false, progress)?;
+        samples_of_ranks(&config, comm, samples.unwrap_or_default())
     };
-    let first = config.policy_rules(plan.policies[0]);
-    let JobOutcome { ranks, bounds } = run_job(&config.cluster, &experts, first, job)?;
-    Ok(plan.summarise(&config, &ranks, &bounds))
+    let first = config.policy_rules(plan.policies[0].policy);
+    let JobOutcome { ranks, bounds } =
+        run_job(&config.cluster, &experts, first, &config.to_toml().map_err(TrainError::input)?, job)?;
+    Ok(plan.summarise(&config, &ranks.concat(), &bounds))
+}
+
+/// What the ranks that this one speaks for have measured: all of them on rank 0 where ranks are processes, else its
+/// own.
+pub(crate) fn samples_of_ranks(
+    config: &RunConfig,
+    comm: &mut Comm,
+    own: Vec<Sample>,
+) -> Result<Vec<Vec<Sample>>, TrainError> {
+    if config.cluster.engine == Engine::Mpi { Ok(gather_samples(comm, own)?) } else { Ok(vec![own]) }
 }
 
 /// A worker with its first weights: those of the configuration's folder, or random ones.

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::config::RunConfig;
+use crate::packing::PackingState;
 use crate::worker::Worker;
 
 /// `trainer_state.json`.
@@ -37,6 +38,9 @@ pub(crate) struct TrainerState {
     pub(crate) sequence_tokens: usize,
     /// Sequences of the training data.
     pub(crate) train_sequences: usize,
+    /// What expert packing has come to, in a run that packs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) packing: Option<PackingState>,
 }
 
 impl TrainerState {
@@ -47,6 +51,7 @@ impl TrainerState {
             batch_sequences: config.train.batch_sequences,
             sequence_tokens: config.train.sequence_tokens,
             train_sequences,
+            packing: None,
         }
     }
 

@@ -3,7 +3,7 @@
 //! Relative paths and globs in it are relative to the folder in which the command runs, not to the file, so that a
 //! resolved copy in a run's folder means the same as the original.
 
-mod check;
+pub(crate) mod check;
 mod document;
 mod error;
 mod reader;
@@ -13,13 +13,14 @@ use std::path::{Path, PathBuf};
 
 use lina_data::{DataConfig, DataError, Tokenizer};
 use lina_model::{ModelConfig, ModelSection};
-use lina_plan::{ExpertLayout, LayoutError, Policy, PolicyRules};
+use lina_plan::{ExpertLayout, LayoutError, PackingLadder, Policy, PolicyRules};
 use serde::{Deserialize, Serialize};
 
 pub use document::Override;
 pub use error::ConfigError;
 pub use sections::{BenchConfig, ClusterConfig, DeviceConfig, Engine, LinkConfig, PolicyConfig, TrainConfig};
 
+use crate::launcher::launched_ranks;
 use document::Document;
 use sections::{BYTES, DataSection};
 
@@ -81,10 +82,16 @@ impl RunConfig {
         }
         let sections: Sections = reader::read(document.table.clone())
             .map_err(|error| ConfigError::invalid(document.place(error.origin.as_ref()), error.to_string()))?;
-        let Sections { model: model_section, data, train, cluster, policy, bench } = sections;
+        let Sections { model: model_section, data, train, mut cluster, policy, bench } = sections;
+        if cluster.engine == Engine::Mpi && document.origin("cluster.ranks").is_none() {
+            cluster.ranks = launched_ranks().unwrap_or(cluster.ranks);
+        }
         let DataSection { files, eval_files, eval_fraction, text_key, tokenizer } = data;
+        let model = model_section
+            .resolve(Path::new(""), &format!("{}: [model]", file.display()))
+            .map_err(|error| model_error(&document, error))?;
         let config = RunConfig {
-            model: model_section.resolve(Path::new(""), &format!("{}: [model]", file.display()))?,
+            model,
             model_section,
             data: DataConfig { files, eval_files, eval_fraction, text_key },
             tokenizer_file: Some(tokenizer).filter(|tokenizer| tokenizer.as_os_str() != BYTES),
@@ -150,7 +157,7 @@ impl RunConfig {
         self.cluster.is_emulated()
     }
 
-    /// Which rank holds which experts.
+    /// Which rank holds which experts, before any packing.
     ///
     /// # Errors
     /// If `cluster.experts_per_rank` does not fit the model and the ranks, which [`RunConfig::load`] has ruled out.
@@ -158,9 +165,28 @@ impl RunConfig {
         ExpertLayout::new(self.model.experts, self.cluster.ranks, self.cluster.experts_per_rank)
     }
 
+    /// The layouts between which packing chooses, if it is on.
+    ///
+    /// # Errors
+    /// As [`expert_layout`](Self::expert_layout).
+    pub fn packing_ladder(&self) -> Result<PackingLadder, LayoutError> {
+        let experts = self.model.experts;
+        let most = self.policy.max_experts_per_rank.unwrap_or(experts);
+        PackingLadder::new(experts, self.cluster.ranks, self.cluster.experts_per_rank, most)
+    }
+
     /// `[bench]`, or its defaults.
     pub fn bench_or_default(&self) -> BenchConfig {
         self.bench.clone().unwrap_or_default()
+    }
+}
+
+/// The error with the place of the key that it begins with, where somebody wrote that key.
+fn model_error(document: &Document, error: lina_model::ConfigError) -> ConfigError {
+    let key = error.message.strip_prefix('`').and_then(|rest| rest.split('`').next());
+    match key.and_then(|key| document.origin(&format!("model.{key}"))) {
+        Some(origin) => ConfigError::invalid(document.place(Some(origin)), format!("[model] {}", error.message)),
+        None => error.into(),
     }
 }
 

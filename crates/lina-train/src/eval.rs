@@ -10,8 +10,10 @@ use lina_plan::{ExpertLayout, Policy, PolicyRules, PolicySettings, share_range};
 use serde::Serialize;
 
 use crate::TrainError;
-use crate::config::ClusterConfig;
+use crate::config::check::{MAX_RANKS, MAX_THREADS};
+use crate::config::{ClusterConfig, Engine};
 use crate::job::run_job;
+use crate::memory::MemoryPlan;
 
 /// What `lina eval` is asked for.
 #[derive(Clone, Debug)]
@@ -24,6 +26,8 @@ pub struct EvalOptions {
     pub sequence_tokens: Option<usize>,
     /// Number of ranks.
     pub ranks: usize,
+    /// What carries their messages.
+    pub engine: Engine,
     /// Compute threads of a rank; 0 for an even share of the cores.
     pub threads: usize,
     /// No progress on stderr.
@@ -51,6 +55,14 @@ const BATCH_TOKENS: usize = 2048;
 /// # Errors
 /// Bad folder, data or sizes; a lost rank.
 pub fn eval(options: EvalOptions) -> Result<EvalSummary, TrainError> {
+    for (option, value, range) in
+        [("--ranks", options.ranks, 1..=MAX_RANKS), ("--threads", options.threads, 0..=MAX_THREADS)]
+    {
+        if !range.contains(&value) {
+            let (first, last) = range.into_inner();
+            return Err(TrainError::Input(format!("{option} is {value}, expected a number from {first} to {last}")));
+        }
+    }
     let config = ModelConfig::from_folder(&options.model).map_err(TrainError::input)?;
     let window = options.sequence_tokens.unwrap_or(config.max_positions.min(DEFAULT_WINDOW_TOKENS));
     if window < 2 || window > config.max_positions {
@@ -65,13 +77,21 @@ pub fn eval(options: EvalOptions) -> Result<EvalSummary, TrainError> {
     stream.check_vocabulary(config.vocab, &tokenizer)?;
     let windows = EvalWindows::new(&stream, window)?;
     let experts = ExpertLayout::new(config.experts, options.ranks, None).map_err(TrainError::input)?;
-    let cluster = ClusterConfig { ranks: options.ranks, threads: options.threads, ..ClusterConfig::default() };
+    let cluster = ClusterConfig {
+        ranks: options.ranks,
+        engine: options.engine,
+        threads: options.threads,
+        ..ClusterConfig::default()
+    };
     let rules = PolicyRules::new(Policy::Fair, &PolicySettings::default());
     let per_rank = (BATCH_TOKENS / window).max(1);
+    let limits = ModelLimits { max_tokens: per_rank * window, max_sequence_tokens: window, max_expert_rows: None };
+    let data_bytes = (stream.len() * size_of::<u32>()) as u64;
+    let advice = "lower --seq-tokens or evaluate a smaller model";
+    MemoryPlan::of_forward(&config, &experts, limits, data_bytes).check_or(advice, None)?;
 
     let job = |comm: &mut Comm| -> Result<[f64; 2], TrainError> {
         let (rank, ranks) = (comm.rank(), comm.ranks());
-        let limits = ModelLimits { max_tokens: per_rank * window, max_sequence_tokens: window, max_expert_rows: None };
         let compute = Compute::new(cluster.threads_of(ranks));
         let mut model =
             Model::new(config.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
@@ -102,7 +122,8 @@ pub fn eval(options: EvalOptions) -> Result<EvalSummary, TrainError> {
         comm.end_step();
         Ok(sums)
     };
-    let [loss_sum, tokens] = run_job(&cluster, &experts, rules, job)?.ranks[0];
+    let identity = format!("{}\nwindows of {window} tokens: {}", config.to_json(), windows.windows());
+    let [loss_sum, tokens] = run_job(&cluster, &experts, rules, &identity, job)?.ranks[0];
     let loss = loss_sum / tokens;
     Ok(EvalSummary { loss, perplexity: loss.exp(), tokens: tokens as u64 })
 }

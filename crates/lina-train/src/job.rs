@@ -11,20 +11,22 @@ use lina_comm::{Comm, CommError, StepBound};
 use lina_plan::{ExpertLayout, PolicyRules};
 
 use crate::TrainError;
-use crate::config::ClusterConfig;
+use crate::config::{ClusterConfig, Engine};
+use crate::panics::{RANK_THREAD, panic_reason};
 
 /// Stack of a rank's thread.
 const STACK_BYTES: usize = 8 << 20;
 
 /// What all ranks came to.
 pub(crate) struct JobOutcome<R> {
-    /// By rank.
+    /// By rank; of this process's rank only, where ranks are processes.
     pub(crate) ranks: Vec<R>,
     /// Bounds of the steps, on the emulated cluster.
     pub(crate) bounds: Vec<StepBound>,
 }
 
-/// Runs `rank_main` on every rank of `cluster` until all have ended.
+/// Runs `rank_main` on every rank of `cluster` until all have ended; on MPI, on this process's rank, where `identity`
+/// must be the same text on all ranks.
 ///
 /// # Errors
 /// The first rank's own error, not what the others heard of it.
@@ -32,8 +34,12 @@ pub(crate) fn run_job<R: Send>(
     cluster: &ClusterConfig,
     experts: &ExpertLayout,
     rules: PolicyRules,
+    identity: &str,
     rank_main: impl Fn(&mut Comm) -> Result<R, TrainError> + Sync,
 ) -> Result<JobOutcome<R>, TrainError> {
+    if cluster.engine == Engine::Mpi {
+        return run_process(cluster, experts, rules, identity, rank_main);
+    }
     let ranks = experts.ranks();
     let groups = experts.groups().to_vec();
     let timeout = Duration::from_secs_f64(cluster.timeout_s);
@@ -69,24 +75,19 @@ pub(crate) fn run_job<R: Send>(
             .into_iter()
             .enumerate()
             .map(|(rank, mut comm)| {
-                let body = move || {
-                    let result = catch_unwind(AssertUnwindSafe(|| rank_main(&mut comm)))
-                        .unwrap_or_else(|panic| Err(CommError::RankFailed { rank, reason: reason(&*panic) }.into()));
-                    if let Err(error) = &result {
-                        comm.fail(own_reason(error));
-                    }
-                    result
-                };
+                let body = move || run_rank(rank, &mut comm, rank_main);
                 std::thread::Builder::new()
-                    .name(format!("lina-rank-{rank}"))
+                    .name(format!("{RANK_THREAD}{rank}"))
                     .stack_size(STACK_BYTES)
                     .spawn_scoped(scope, body)
             })
             .collect();
         threads
             .into_iter()
-            .map(|thread| match thread {
-                Ok(thread) => thread.join().unwrap_or_else(|panic| Err(TrainError::Input(reason(&*panic)))),
+            .enumerate()
+            .map(|(rank, thread)| match thread {
+                // Panics of the rank itself are caught on its thread; what is left is its clean-up.
+                Ok(thread) => thread.join().unwrap_or_else(|panic| Err(panicked(rank, &*panic))),
                 Err(e) => Err(TrainError::Input(format!("a thread for each of {ranks} ranks cannot be started: {e}"))),
             })
             .collect()
@@ -108,6 +109,35 @@ pub(crate) fn run_job<R: Send>(
     Ok(JobOutcome { ranks: outcome, bounds })
 }
 
+/// Runs `rank_main` on its rank, and tells the other ranks if it fails.
+pub(crate) fn run_rank<R>(
+    rank: usize,
+    comm: &mut Comm,
+    rank_main: impl Fn(&mut Comm) -> Result<R, TrainError>,
+) -> Result<R, TrainError> {
+    let result =
+        catch_unwind(AssertUnwindSafe(|| rank_main(comm))).unwrap_or_else(|panic| Err(panicked(rank, &*panic)));
+    if let Err(error) = &result {
+        comm.fail(own_reason(error));
+    }
+    result
+}
+
+#[cfg(feature = "mpi")]
+use crate::mpi_job::run as run_process;
+
+/// The configuration has been checked: no run gets here.
+#[cfg(not(feature = "mpi"))]
+fn run_process<R>(
+    _cluster: &ClusterConfig,
+    _experts: &ExpertLayout,
+    _rules: PolicyRules,
+    _identity: &str,
+    _rank_main: impl Fn(&mut Comm) -> Result<R, TrainError>,
+) -> Result<JobOutcome<R>, TrainError> {
+    Err(TrainError::Input("this build has no engine `mpi`; build it with `--features mpi`".to_owned()))
+}
+
 /// What a rank tells the others of its error: the reason without the rank's name, which they add.
 fn own_reason(error: &TrainError) -> String {
     match error {
@@ -116,8 +146,94 @@ fn own_reason(error: &TrainError) -> String {
     }
 }
 
-/// The message of a panic.
-fn reason(panic: &(dyn Any + Send)) -> String {
-    let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-    format!("it panicked: {}", message.unwrap_or("without a message"))
+/// The failure of a rank that panicked.
+fn panicked(rank: usize, panic: &(dyn Any + Send)) -> TrainError {
+    CommError::RankFailed { rank, reason: format!("it panicked: {}", panic_reason(panic)) }.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use lina_plan::{Policy, PolicySettings};
+
+    use super::*;
+    use crate::alone::{is_alone, run_alone};
+    use crate::config::{DeviceConfig, LinkConfig};
+    use crate::keep_panics_quiet;
+
+    const RANKS: usize = 4;
+
+    /// Runs `rank_main` on ranks that are real threads, then on emulated ones, and returns both errors.
+    fn fail(rank_main: impl Fn(&mut Comm) -> Result<(), TrainError> + Sync) -> [TrainError; 2] {
+        let link = LinkConfig { gbps: 1.0, latency_us: 1.0, launch_us: 1.0, nodes: None, inner_gbps: None };
+        let local = ClusterConfig { ranks: RANKS, ..ClusterConfig::default() };
+        let emulated = ClusterConfig { link: Some(link), device: Some(DeviceConfig { gflops: 1.0 }), ..local.clone() };
+        [local, emulated].map(|cluster| {
+            let experts = ExpertLayout::new(RANKS, RANKS, None).unwrap();
+            let rules = PolicyRules::new(Policy::Fair, &PolicySettings::default());
+            let start = Instant::now();
+            let error = run_job(&cluster, &experts, rules, "", &rank_main).err().unwrap();
+            // Far less than the time for which a rank may be silent: the others were told.
+            assert!(start.elapsed() < Duration::from_secs(10), "{error} after {:?}", start.elapsed());
+            error
+        })
+    }
+
+    /// A step's sum, for which every rank waits.
+    fn meet(comm: &mut Comm) -> Result<(), TrainError> {
+        comm.begin_evaluation(0)?;
+        comm.sum(&mut [1.0])?;
+        comm.end_step();
+        Ok(())
+    }
+
+    #[test]
+    fn a_rank_that_panics_ends_the_job_with_its_name() {
+        for error in fail(|comm| {
+            meet(comm)?;
+            assert!(comm.rank() != 1, "the sky fell");
+            meet(comm)
+        }) {
+            assert_eq!(error.exit_code(), 1);
+            let TrainError::Lost(CommError::RankFailed { rank, reason }) = &error else { panic!("{error}") };
+            assert_eq!(*rank, 1);
+            assert!(reason.starts_with("it panicked: the sky fell"), "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_rank_that_refuses_its_input_ends_the_job_with_its_sentence() {
+        for error in fail(|comm| {
+            meet(comm)?;
+            if comm.rank() == 2 {
+                return Err(TrainError::Input("a.txt: is empty, expected text".to_owned()));
+            }
+            meet(comm)
+        }) {
+            assert_eq!((error.exit_code(), error.to_string().as_str()), (2, "a.txt: is empty, expected text"));
+        }
+    }
+
+    #[test]
+    fn a_panic_is_one_sentence_with_its_place() {
+        const TEST: &str = "job::tests::a_panic_is_one_sentence_with_its_place";
+        if is_alone(TEST) {
+            keep_panics_quiet();
+            let panic = |comm: &mut Comm| {
+                assert!(comm.rank() != 1, "two\nlines");
+                meet(comm)
+            };
+            fail(panic).into_iter().for_each(|error| eprintln!("error: {error}"));
+            return;
+        }
+        let output = run_alone(TEST);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        let lines: Vec<&str> = stderr.lines().collect();
+        assert_eq!(lines.len(), 2, "{stderr}");
+        for line in lines {
+            assert!(line.starts_with("error: rank 1 failed: it panicked: two lines (at "), "{line}");
+            assert!(line.contains("job.rs:") && line.ends_with(')'), "{line}");
+        }
+    }
 }

@@ -4,12 +4,15 @@
 //! |---|---|
 //! | what is a run told? | [`RunConfig`] (`config`) |
 //! | what does a step do on a rank? | `worker`, `optimizer` |
-//! | how do ranks start, and what if one fails? | `job` |
-//! | what is left of a run? | `checkpoint`, `observer`, `outputs` |
+//! | how do ranks start, and what if one fails? | `job`, `mpi_job`, `launcher`, [`keep_panics_quiet`] (`panics`) |
+//! | what is left of a run? | [`default_run_folder`] (`run_folder`), `checkpoint`, `observer`, `outputs` |
+//! | which rank holds which experts as the run goes on? | `packing` |
 //! | how do policies compare? | [`bench_train`] (`bench`) |
 //! | how does a step compare with its matrix products? | [`bench_compute`] (`compute`) |
 //! | does it fit? | [`MemoryPlan`] (`memory`) |
 
+#[cfg(test)]
+mod alone;
 mod bench;
 mod checkpoint;
 mod compute;
@@ -17,11 +20,18 @@ mod config;
 mod data;
 mod error;
 mod eval;
+mod gather;
 mod job;
+mod launcher;
 mod memory;
+#[cfg(feature = "mpi")]
+mod mpi_job;
 mod observer;
 mod optimizer;
 mod outputs;
+mod packing;
+mod panics;
+mod run_folder;
 mod stop;
 mod train;
 mod worker;
@@ -34,7 +44,14 @@ pub use config::{
 };
 pub use error::TrainError;
 pub use eval::{EvalOptions, EvalSummary, eval};
+pub use launcher::launched_ranks;
+#[cfg(feature = "mpi")]
+pub use lina_comm::CommError;
 pub use memory::MemoryPlan;
+#[cfg(feature = "mpi")]
+pub use mpi_job::set_last_words;
 pub use optimizer::learning_rate;
+pub use panics::{keep_panics_quiet, panic_reason};
+pub use run_folder::default_run_folder;
 pub use stop::StopFlag;
 pub use train::{TrainOptions, TrainSummary, train};

@@ -1,6 +1,6 @@
 //! What a run takes in memory: predicted before anything is allocated, measured at the end.
 
-use lina_model::memory_plan;
+use lina_model::{ModelConfig, ModelLimits, memory_plan};
 use lina_plan::ExpertLayout;
 use lina_report::{Align, Table};
 use serde::Serialize;
@@ -11,6 +11,11 @@ use crate::worker::model_limits;
 
 /// Bytes that a process takes besides what it plans: program, threads, allocator.
 const PROCESS_BYTES: u64 = 24 << 20;
+
+/// Parts that grow with the rows that a rank is sent. The model's own plan takes them to be the same on all ranks;
+/// routers that have not learned yet are far from it, and buffers stay as large as they once had to be: half as much
+/// again, as measured in the first steps of models with 8 experts on 4 ranks.
+const UNEVEN_PARTS: [&str; 2] = ["expert activations", "exchange buffers"];
 
 /// The predicted memory of all ranks of this process, part by part.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -24,19 +29,47 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// Predicts what `config` takes on the ranks of `experts`, with `data_bytes` of tokens and text.
     pub(crate) fn new(config: &RunConfig, experts: &ExpertLayout, data_bytes: u64) -> Self {
-        let ranks = experts.ranks();
+        Self::of_ranks(&config.model, experts, model_limits(config, experts.ranks()), data_bytes, true)
+    }
+
+    /// Predicts what forward passes alone take.
+    pub(crate) fn of_forward(
+        model: &ModelConfig,
+        experts: &ExpertLayout,
+        limits: ModelLimits,
+        data_bytes: u64,
+    ) -> Self {
+        Self::of_ranks(model, experts, limits, data_bytes, false)
+    }
+
+    fn of_ranks(
+        model: &ModelConfig,
+        experts: &ExpertLayout,
+        limits: ModelLimits,
+        data_bytes: u64,
+        training: bool,
+    ) -> Self {
         let mut parts: Vec<(String, u64)> = Vec::new();
         let mut add = |name: &str, bytes: u64| match parts.iter_mut().find(|(part, _)| part == name) {
             Some((_, sum)) => *sum += bytes,
             None => parts.push((name.to_owned(), bytes)),
         };
-        for rank in 0..ranks {
-            for part in memory_plan(&config.model, experts, rank, model_limits(config, ranks)) {
-                add(part.name, part.bytes as u64);
-                if part.name == "parameters" {
+        let mut uneven_routing_bytes = 0;
+        for rank in 0..experts.ranks() {
+            for part in memory_plan(model, experts, rank, limits) {
+                if UNEVEN_PARTS.contains(&part.name) {
+                    uneven_routing_bytes += part.bytes as u64 / 2;
+                }
+                if training || part.name != "gradients" {
+                    add(part.name, part.bytes as u64);
+                }
+                if training && part.name == "parameters" {
                     add("optimizer state", 2 * part.bytes as u64);
                 }
             }
+        }
+        if experts.ranks() > 1 {
+            add("uneven routing", uneven_routing_bytes);
         }
         add("data", data_bytes);
         add("process", PROCESS_BYTES);
@@ -45,27 +78,41 @@ impl MemoryPlan {
         MemoryPlan { parts, total_bytes }
     }
 
-    /// Refuses what cannot fit.
+    /// Refuses a training run that cannot fit.
     pub(crate) fn check(&self, limit_bytes: Option<u64>) -> Result<(), TrainError> {
-        let (limit, source) = match limit_bytes {
-            Some(bytes) => (bytes, "cluster.memory_limit_gib"),
-            None => match available_bytes() {
-                Some(bytes) => (bytes, "what this machine has available"),
-                None => return Ok(()),
-            },
-        };
+        let advice =
+            "lower train.batch_sequences, train.sequence_tokens or the model's sizes, or raise train.micro_batches";
+        self.check_or(advice, limit_bytes)
+    }
+
+    /// Refuses what cannot fit, with `advice` on what to do.
+    pub(crate) fn check_or(&self, advice: &str, limit_bytes: Option<u64>) -> Result<(), TrainError> {
+        let Some((limit, source)) = limit(limit_bytes) else { return Ok(()) };
         if self.total_bytes <= limit {
             return Ok(());
         }
-        let largest: Vec<String> =
-            self.parts.iter().take(3).map(|(name, bytes)| format!("{name} {}", mib(*bytes))).collect();
         Err(TrainError::Input(format!(
-            "the run needs {} ({}, ...), expected at most {} ({source}); lower train.batch_sequences, \
-             train.sequence_tokens or the model's sizes, or raise train.micro_batches",
+            "the run needs {} ({}), expected at most {} ({source}); {advice}",
             mib(self.total_bytes),
-            largest.join(", "),
+            self.largest(),
             mib(limit),
         )))
+    }
+
+    /// Whether it fits with `more_bytes` beside it.
+    pub(crate) fn fits(&self, more_bytes: u64, limit_bytes: Option<u64>) -> bool {
+        limit(limit_bytes).is_none_or(|(limit, _)| self.total_bytes + more_bytes <= limit)
+    }
+
+    /// Total and largest parts, in one sentence.
+    pub fn sentence(&self) -> String {
+        format!("memory: {} predicted ({})", mib(self.total_bytes), self.largest())
+    }
+
+    fn largest(&self) -> String {
+        let largest: Vec<String> =
+            self.parts.iter().take(3).map(|(name, bytes)| format!("{name} {}", mib(*bytes))).collect();
+        format!("{}, ...", largest.join(", "))
     }
 
     /// The parts as a table, with the measured peak where it is known.
@@ -79,6 +126,14 @@ impl MemoryPlan {
             table.row(["measured peak".to_owned(), format!("{:.1}", peak as f64 / f64::from(1 << 20))]);
         }
         table.render()
+    }
+}
+
+/// The configured limit, else what the machine has, and where it comes from; `None` where nobody knows.
+fn limit(configured_bytes: Option<u64>) -> Option<(u64, &'static str)> {
+    match configured_bytes {
+        Some(bytes) => Some((bytes, "cluster.memory_limit_gib")),
+        None => available_bytes().map(|bytes| (bytes, "what this machine has available")),
     }
 }
 

@@ -31,6 +31,10 @@ struct MetricsLine {
     deciding_us: f64,
     /// Largest over mean of the experts' assignments, worst layer.
     expert_imbalance: f64,
+    /// Experts of an MoE layer on each rank, and the mean times of the micro-ops that packing weighs.
+    experts_per_rank: usize,
+    ffn_micro_op_ms: f64,
+    a2a_micro_op_ms: f64,
     emulated: bool,
 }
 
@@ -130,6 +134,9 @@ impl Observer {
                 allreduce_blocked_ms: ms(stats.all_reduce_blocked),
                 deciding_us: stats.deciding_wall as f64 / 1e3,
                 expert_imbalance,
+                experts_per_rank: model.expert_layout().most_per_rank(),
+                ffn_micro_op_ms: outcome.packing.ffn_micro_op_ns / 1e6,
+                a2a_micro_op_ms: outcome.packing.all_to_all_micro_op_ns / 1e6,
                 emulated: self.emulated,
             })?;
         }
@@ -169,6 +176,11 @@ impl Observer {
         }
         self.record.load_steps.1 = step;
         worst
+    }
+
+    /// Says a sentence among the progress.
+    pub(crate) fn note(&self, sentence: &str) {
+        self.progress.note(sentence);
     }
 
     pub(crate) fn held_out(&mut self, step: u64, loss: f64) {

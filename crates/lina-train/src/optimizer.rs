@@ -43,7 +43,7 @@ pub(crate) struct Moments {
 }
 
 impl Moments {
-    fn zeros(len: usize) -> Self {
+    pub(crate) fn zeros(len: usize) -> Self {
         Moments { first: vec![0.0; len], second: vec![0.0; len] }
     }
 }
@@ -61,38 +61,27 @@ pub(crate) struct AdamW {
 impl AdamW {
     pub(crate) fn new(model: &Model, rank: usize) -> Self {
         let layout = model.layout();
-        let experts = model.expert_layout();
         let mut dense_runs: Vec<Run> = Vec::new();
-        let mut norm_parts = Vec::new();
         for parameter in layout.parameters() {
-            match &parameter.place {
-                Place::Dense(range) => {
-                    // Every rank holds the reduced gradient; each sums some of the tensors.
-                    let owner = norm_parts.len() % experts.ranks();
-                    norm_parts.push(NormPart { owner, expert: false, range: range.clone() });
-                    match dense_runs.last_mut() {
-                        Some(run) if run.decay == parameter.decay && run.range.end == range.start => {
-                            run.range.end = range.end;
-                        }
-                        _ => dense_runs.push(Run { range: range.clone(), decay: parameter.decay }),
-                    }
-                }
-                // An expert's matrices are one block, whose norm its first holder sums.
-                Place::Expert { layer, expert, range } if range.start == 0 => {
-                    let owner = experts.holders(*expert)[0];
-                    let range = layout.expert_block(*layer, *expert).unwrap_or(0..0);
-                    norm_parts.push(NormPart { owner, expert: true, range });
-                }
-                Place::Expert { .. } => {}
+            let Place::Dense(range) = &parameter.place else { continue };
+            match dense_runs.last_mut() {
+                Some(run) if run.decay == parameter.decay && run.range.end == range.start => run.range.end = range.end,
+                _ => dense_runs.push(Run { range: range.clone(), decay: parameter.decay }),
             }
         }
         AdamW {
             dense: Moments::zeros(layout.dense_len()),
             experts: Moments::zeros(layout.experts_len()),
             dense_runs,
-            norm_parts,
+            norm_parts: norm_parts(model),
             rank,
         }
+    }
+
+    /// Takes the moments of the experts that `model` holds now; those of dense parameters stay.
+    pub(crate) fn set_experts(&mut self, model: &Model, experts: Moments) {
+        self.norm_parts = norm_parts(model);
+        self.experts = experts;
     }
 
     /// Number of values that [`squares`](Self::squares) appends, the same on all ranks.
@@ -142,6 +131,29 @@ impl AdamW {
         let Moments { first, second } = &mut self.experts;
         adamw_step(compute, experts, gradients, first, second, &adam(true));
     }
+}
+
+/// Who sums the squares of which tensor.
+fn norm_parts(model: &Model) -> Vec<NormPart> {
+    let (layout, experts) = (model.layout(), model.expert_layout());
+    let mut parts = Vec::new();
+    for parameter in layout.parameters() {
+        match &parameter.place {
+            Place::Dense(range) => {
+                // Every rank holds the reduced gradient; each sums some of the tensors.
+                let owner = parts.len() % experts.ranks();
+                parts.push(NormPart { owner, expert: false, range: range.clone() });
+            }
+            // An expert's matrices are one block, whose norm its first holder sums.
+            Place::Expert { layer, expert, range } if range.start == 0 => {
+                let owner = experts.holders(*expert)[0];
+                let range = layout.expert_block(*layer, *expert).unwrap_or(0..0);
+                parts.push(NormPart { owner, expert: true, range });
+            }
+            Place::Expert { .. } => {}
+        }
+    }
+    parts
 }
 
 #[cfg(test)]

@@ -4,18 +4,21 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use lina_comm::{Comm, Span};
-use lina_report::MetricsWriter;
+use lina_plan::ExpertLayout;
 use serde::Serialize;
 
 use crate::TrainError;
-use crate::bench::{BenchPlan, BenchSummary, Sample, prepared_worker};
+use crate::bench::{BenchPlan, BenchSummary, Sample, prepared_worker, samples_of_ranks};
 use crate::checkpoint::{self, TrainerState};
-use crate::config::RunConfig;
+use crate::config::{Engine, RunConfig};
 use crate::data::{LoadedData, load_data};
+use crate::gather::gather_spans;
 use crate::job::{JobOutcome, run_job};
 use crate::memory::{MemoryPlan, peak_rss_bytes};
 use crate::observer::{Observer, RunRecord};
 use crate::outputs::write_outputs;
+use crate::packing::{Packing, PackingPlan};
+use crate::run_folder;
 use crate::stop::StopFlag;
 use crate::worker::Worker;
 
@@ -24,9 +27,9 @@ use crate::worker::Worker;
 pub struct TrainOptions {
     /// The run.
     pub config: RunConfig,
-    /// Run directory; nothing is written without one.
+    /// Run directory, without checkpoints unless they are of the run that goes on; nothing is written without one.
     pub out: Option<PathBuf>,
-    /// Checkpoint to go on from.
+    /// Checkpoint to go on from, or the folder of a run, whose latest one it is then.
     pub resume: Option<PathBuf>,
     /// No progress on stderr.
     pub quiet: bool,
@@ -51,8 +54,12 @@ pub struct TrainSummary {
     pub tokens_per_s: f64,
     /// The process's peak resident set.
     pub peak_rss_bytes: Option<u64>,
-    /// What was predicted of it.
+    /// What was predicted of it, with the experts as they are at the end.
     pub memory: MemoryPlan,
+    /// Experts of an MoE layer on each rank at the end.
+    pub experts_per_rank: usize,
+    /// The run directory.
+    pub out: Option<PathBuf>,
     /// The last checkpoint.
     pub checkpoint: Option<PathBuf>,
     /// Whether times are virtual.
@@ -63,8 +70,12 @@ pub struct TrainSummary {
 
 /// What one rank brings home.
 struct RankOutcome {
+    /// Of every rank that this one speaks for.
     spans: Vec<Span>,
-    samples: Vec<Sample>,
+    /// By rank, of every rank that this one speaks for.
+    samples: Vec<Vec<Sample>>,
+    /// At the end of the training.
+    layout: ExpertLayout,
     record: Option<RunRecord>,
     steps: u64,
     checkpoint: Option<PathBuf>,
@@ -78,46 +89,68 @@ struct RankOutcome {
 pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, TrainError> {
     let started = Instant::now();
     let TrainOptions { config, out, resume, quiet } = options;
+    let resume = resume.as_deref().map(run_folder::checkpoint_of).transpose()?;
+    if let (Some(out), None) = (&out, &resume) {
+        run_folder::check_free(out, None)?;
+    }
     let loaded = load_data(&config)?;
-    let experts = config.expert_layout().map_err(TrainError::input)?;
-    let memory = MemoryPlan::new(&config, &experts, loaded.bytes);
-    memory.check(config.cluster.memory_limit_bytes())?;
     let train_sequences = loaded.data.train.sequences();
     let resume = match &resume {
         Some(folder) => Some((folder.as_path(), TrainerState::read(folder, &config, train_sequences)?)),
         None => None,
     };
-    let first_step = resume.as_ref().map_or(0, |(_, state)| state.step);
-    let metrics = match &out {
-        Some(out) => Some(prepare_out(out, &config, first_step)?),
-        None => None,
+    let packing = if config.policy.packing {
+        let resumed = resume.as_ref().and_then(|(_, state)| state.packing.as_ref());
+        Some(PackingPlan::new(&config, loaded.bytes, resumed)?)
+    } else {
+        None
     };
-    // Rank 0 takes them into its thread.
-    let metrics = std::sync::Mutex::new(metrics);
+    let experts = match &packing {
+        Some(packing) => packing.layout().clone(),
+        None => config.expert_layout().map_err(TrainError::input)?,
+    };
+    let memory = MemoryPlan::new(&config, &experts, loaded.bytes);
+    memory.check(config.cluster.memory_limit_bytes())?;
+    let bench = bench_plan(&config, loaded.bytes)?;
+    let first_step = resume.as_ref().map_or(0, |(_, state)| state.step);
+    if let (Some(out), Some(_)) = (&out, &resume) {
+        run_folder::check_free(out, Some(first_step))?;
+    }
 
     let job = |comm: &mut Comm| {
         let mut worker = prepared_worker(&config, &loaded.data, &experts, comm.rank())?;
         if let Some((folder, _)) = &resume {
             checkpoint::load(&mut worker, folder, true)?;
         }
-        let observer = (comm.rank() == 0).then(|| {
-            let metrics = metrics.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
-            Observer::new(&config, metrics, first_step, quiet)
-        });
-        let run = Run { config: &config, loaded: &loaded, out: out.as_deref(), stop, first_step };
-        run.rank(&mut worker, comm, observer)
+        // A checkpoint that some rank cannot read must not leave a run's folder behind.
+        comm.begin_evaluation(first_step)?;
+        comm.sum(&mut [0.0])?;
+        comm.end_step();
+        let mut observer = None;
+        if comm.rank() == 0 {
+            let metrics = out.as_deref().map(|out| run_folder::prepare(out, &config, first_step)).transpose()?;
+            let started = Observer::new(&config, metrics, first_step, quiet);
+            started.note(&memory.sentence());
+            observer = Some(started);
+        }
+        let packing = packing.as_ref().map(|plan| plan.start(comm, first_step)).transpose()?;
+        let bench = bench.as_ref();
+        let run = Run { config: &config, loaded: &loaded, out: out.as_deref(), stop, first_step, bench };
+        run.rank(&mut worker, comm, observer, packing)
     };
     let rules = config.policy_rules(config.policy.name);
-    let JobOutcome { mut ranks, bounds } = run_job(&config.cluster, &experts, rules, job)?;
+    let identity = format!("{}done = {first_step}", config.to_toml().map_err(TrainError::input)?);
+    let JobOutcome { mut ranks, bounds } = run_job(&config.cluster, &experts, rules, &identity, job)?;
 
-    let bench = bench_plan(&config).filter(|_| !ranks[0].samples.is_empty()).map(|plan| {
-        let samples: Vec<Vec<Sample>> = ranks.iter_mut().map(|rank| std::mem::take(&mut rank.samples)).collect();
-        plan.summarise(&config, &samples, &bounds)
-    });
+    let samples: Vec<Vec<Sample>> = ranks.iter_mut().flat_map(|rank| std::mem::take(&mut rank.samples)).collect();
+    let bench = bench
+        .as_ref()
+        .filter(|_| samples.iter().any(|of_rank| !of_rank.is_empty()))
+        .map(|plan| plan.summarise(&config, &samples, &bounds));
     let spans: Vec<Span> = ranks.iter_mut().flat_map(|rank| std::mem::take(&mut rank.spans)).collect();
-    let RankOutcome { record, steps, checkpoint, interrupted, .. } = ranks.swap_remove(0);
+    let RankOutcome { record, steps, checkpoint, interrupted, layout, .. } = ranks.swap_remove(0);
     let record = record.unwrap_or_default();
-    if let Some(out) = &out {
+    if let Some(out) = out.as_ref().filter(|_| config.cluster.leads()) {
         write_outputs(out, &config, &experts, &record, &spans, bench.as_ref())?;
     }
     if interrupted {
@@ -132,31 +165,19 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
         wall_s: started.elapsed().as_secs_f64(),
         tokens_per_s: record.tokens_per_s(),
         peak_rss_bytes: peak_rss_bytes(),
-        memory,
+        memory: if layout == experts { memory } else { MemoryPlan::new(&config, &layout, loaded.bytes) },
+        experts_per_rank: layout.most_per_rank(),
+        out,
         checkpoint,
         emulated: config.is_emulated(),
         bench,
     })
 }
 
-/// Makes the run directory, with the resolved configuration and the metrics file.
-fn prepare_out(out: &Path, config: &RunConfig, first_step: u64) -> Result<MetricsWriter, TrainError> {
-    let error =
-        |path: &Path, e: std::io::Error| TrainError::Input(format!("{}: cannot be written: {e}", path.display()));
-    std::fs::create_dir_all(out).map_err(|e| error(out, e))?;
-    let path = out.join("config.toml");
-    std::fs::write(&path, config.to_toml().map_err(TrainError::input)?).map_err(|e| error(&path, e))?;
-    let metrics = out.join("metrics.jsonl");
-    Ok(if first_step > 0 && metrics.exists() {
-        MetricsWriter::resume(&metrics, first_step)?
-    } else {
-        MetricsWriter::create(&metrics)?
-    })
-}
-
 /// The comparison at the end of a run, where the configuration asks for one.
-fn bench_plan(config: &RunConfig) -> Option<BenchPlan> {
-    config.bench.as_ref().filter(|bench| !bench.policies.is_empty()).map(BenchPlan::new)
+fn bench_plan(config: &RunConfig, data_bytes: u64) -> Result<Option<BenchPlan>, TrainError> {
+    let bench = config.bench.as_ref().filter(|bench| !bench.policies.is_empty());
+    bench.map(|bench| BenchPlan::new(config, bench, data_bytes)).transpose()
 }
 
 /// What every rank of a run shares.
@@ -166,6 +187,7 @@ struct Run<'a> {
     out: Option<&'a Path>,
     stop: &'a StopFlag,
     first_step: u64,
+    bench: Option<&'a BenchPlan>,
 }
 
 impl Run<'_> {
@@ -174,10 +196,12 @@ impl Run<'_> {
         worker: &mut Worker<'_>,
         comm: &mut Comm,
         mut observer: Option<Observer>,
+        mut packing: Option<Packing>,
     ) -> Result<RankOutcome, TrainError> {
         let train = &self.config.train;
         let mut checkpoint = None;
         let mut interrupted = false;
+        let mut spans = Vec::new();
         let mut done = self.first_step;
         let record_from = train.steps.saturating_sub(train.trace_steps);
         self.evaluate(worker, comm, done, &mut observer)?;
@@ -192,20 +216,35 @@ impl Run<'_> {
             }
             interrupted = outcome.stop && done < train.steps;
             let last = done == train.steps || interrupted;
+            if last {
+                // Evaluation and checkpoint are no part of the steps that the trace shows.
+                spans = comm.record(false);
+            }
+            if let Some(packing) = &mut packing
+                && let Some(change) = packing.after_step(worker, comm, outcome.packing, done)?
+                && let Some(observer) = &observer
+            {
+                observer.note(&change);
+            }
             if last || (train.eval_every > 0 && done.is_multiple_of(train.eval_every)) {
                 self.evaluate(worker, comm, done, &mut observer)?;
             }
             if last || (train.checkpoint_every > 0 && done.is_multiple_of(train.checkpoint_every)) {
-                checkpoint = self.save(worker, comm, done)?.or(checkpoint);
+                checkpoint = self.save(worker, comm, packing.as_ref(), done)?.or(checkpoint);
             }
         }
-        let spans = comm.record(false);
         let record = observer.map(Observer::finish);
-        let mut samples = Vec::new();
-        if let Some(plan) = bench_plan(self.config).filter(|_| !interrupted) {
-            samples = plan.run(worker, comm, self.config, done, |_, _| {})?;
+        let mut samples = vec![Vec::new()];
+        let layout = worker.model.expert_layout().clone();
+        if let Some(plan) = self.bench.filter(|_| !interrupted) {
+            let measured = plan.run(worker, comm, self.config, done, || self.stop.requested(), |_, _| {})?;
+            interrupted = measured.is_none();
+            samples = samples_of_ranks(self.config, comm, measured.unwrap_or_default())?;
         }
-        Ok(RankOutcome { spans, samples, record, steps: done, checkpoint, interrupted })
+        if self.config.cluster.engine == Engine::Mpi {
+            spans = gather_spans(comm, spans)?;
+        }
+        Ok(RankOutcome { spans, samples, layout, record, steps: done, checkpoint, interrupted })
     }
 
     fn evaluate(
@@ -222,9 +261,17 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn save(&self, worker: &Worker<'_>, comm: &mut Comm, step: u64) -> Result<Option<PathBuf>, TrainError> {
+    fn save(
+        &self,
+        worker: &Worker<'_>,
+        comm: &mut Comm,
+        packing: Option<&Packing>,
+        step: u64,
+    ) -> Result<Option<PathBuf>, TrainError> {
         let Some(out) = self.out else { return Ok(None) };
-        let state = TrainerState::new(self.config, self.loaded.data.train.sequences(), step);
+        let packing = packing.map(Packing::state);
+        let state =
+            TrainerState { packing, ..TrainerState::new(self.config, self.loaded.data.train.sequences(), step) };
         let tokenizer = self.loaded.tokenizer_file.as_deref();
         checkpoint::save(worker, comm, out, &state, tokenizer).map(Some)
     }

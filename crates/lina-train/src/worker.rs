@@ -4,7 +4,7 @@ use lina_comm::{Comm, StepStats, Work, WorkKind};
 use lina_data::{Dataset, TrainingData};
 use lina_kernels::Compute;
 use lina_model::{Batch, ForwardOutput, Model, ModelLimits, StepContext};
-use lina_plan::{ExpertLayout, share_range};
+use lina_plan::{ExpertLayout, Nanos, PACKING_VALUES, PackingSample, share_range};
 
 use crate::TrainError;
 use crate::config::RunConfig;
@@ -25,6 +25,8 @@ pub(crate) struct StepOutcome {
     /// Share of assignments that exceeded their expert's capacity.
     pub(crate) drop_rate: f64,
     pub(crate) stats: StepStats,
+    /// What the step says of expert packing.
+    pub(crate) packing: PackingSample,
     /// Rank 0 was asked to stop.
     pub(crate) stop: bool,
 }
@@ -40,6 +42,8 @@ pub(crate) struct Worker<'a> {
     target: Vec<u32>,
     sequences: Vec<usize>,
     message: Vec<f64>,
+    /// How long the last parameter update took.
+    update: Nanos,
 }
 
 /// Largest number of sequences that a rank gets of a micro-batch.
@@ -70,7 +74,7 @@ impl<'a> Worker<'a> {
         let model =
             Model::new(config.model.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
         let optimizer = AdamW::new(&model, rank);
-        let message = Vec::with_capacity(STATIC_VALUES + optimizer.squares_len());
+        let message = Vec::with_capacity(TOTALS + PACKING_VALUES + optimizer.squares_len());
         Ok(Worker {
             config,
             data,
@@ -82,6 +86,7 @@ impl<'a> Worker<'a> {
             target: Vec::with_capacity(limits.max_tokens),
             sequences: Vec::with_capacity(limits.max_tokens),
             message,
+            update: 0,
         })
     }
 
@@ -145,22 +150,38 @@ impl<'a> Worker<'a> {
         message.clear();
         let stop = f64::from(u8::from(stop && self.rank == 0));
         message.extend([sum.loss_sum, sum.target_tokens as f64, sum.router_loss, sum.dropped_assignments as f64, stop]);
+        let stats = comm.stats();
+        // The update is still to come: the last one took as long.
+        let step_time = stats.step + self.update;
+        let packing: [Nanos; PACKING_VALUES] =
+            [step_time, stats.ffn, stats.ffn_micro_ops, stats.token_exchange, stats.token_exchange_micro_ops];
+        message.extend(packing.map(|value| value as f64));
         self.optimizer.squares(self.model.compute(), self.model.parameters(), message);
         comm.agree(message)?;
-        let [loss_sum, tokens, router_loss, dropped, stop] = message[..STATIC_VALUES] else { unreachable!() };
+        let Some((&[loss_sum, tokens, router_loss, dropped, stop], rest)) = message.split_first_chunk::<TOTALS>()
+        else {
+            unreachable!("as many values come back as were sent")
+        };
+        let Some((packing, squares)) = rest.split_first_chunk::<PACKING_VALUES>() else {
+            unreachable!("as many values come back as were sent")
+        };
+        let packing = PackingSample::agreed(*packing, self.ranks);
         // In the order of the tensors: the same bits whatever the ranks.
-        let grad_norm = message[STATIC_VALUES..].iter().sum::<f64>().sqrt();
+        let grad_norm = squares.iter().sum::<f64>().sqrt();
         let clip = f64::from(train.clip_norm);
         let grad_scale = if clip > 0.0 && grad_norm > clip { clip / grad_norm } else { 1.0 };
         if !grad_norm.is_finite() {
             return Err(TrainError::Input(format!(
-                "step {step}: the gradient's norm is {grad_norm}, expected a finite number; lower \
-                 train.learning_rate or set train.clip_norm"
+                "step {step}: the gradient's norm is {grad_norm}, expected a finite number; lower train.learning_rate = \
+                 {} or train.clip_norm = {}",
+                train.learning_rate, train.clip_norm
             )));
         }
 
         comm.work(Work { kind: WorkKind::Optimizer, layer: None, flops: 0 })?;
+        let agreed_at = comm.now();
         self.optimizer.update(self.model.for_update(), train, step, grad_scale as f32);
+        self.update = comm.now() - agreed_at;
         let assignments = tokens * (self.config.model.top_k * self.config.model.moe_layers()) as f64;
         Ok(StepOutcome {
             loss: loss_sum / tokens,
@@ -170,6 +191,7 @@ impl<'a> Worker<'a> {
             tokens: tokens as u64,
             drop_rate: dropped / assignments.max(1.0),
             stats: comm.end_step(),
+            packing,
             stop: stop > 0.0,
         })
     }
@@ -198,5 +220,106 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// Values of a step's closing sum before the squares.
-const STATIC_VALUES: usize = 5;
+/// Values at the beginning of a step's closing sum; what packing wants to know and the gradients' squares follow.
+const TOTALS: usize = 5;
+
+#[cfg(test)]
+mod tests {
+    use std::alloc::{GlobalAlloc, Layout, System};
+    use std::path::Path;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::alone::{is_alone, run_alone};
+    use crate::bench::prepared_worker;
+    use crate::config::Override;
+    use crate::data::load_data;
+
+    /// Counts the process's allocations over 4 KiB.
+    struct Counting;
+
+    static LARGE: AtomicUsize = AtomicUsize::new(0);
+
+    // SAFETY: every call goes to the system's allocator unchanged; counting does not allocate.
+    unsafe impl GlobalAlloc for Counting {
+        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+            LARGE.fetch_add(usize::from(layout.size() > 4096), Ordering::Relaxed);
+            // SAFETY: the caller keeps the contract of `alloc`.
+            unsafe { System.alloc(layout) }
+        }
+
+        unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+            LARGE.fetch_add(usize::from(layout.size() > 4096), Ordering::Relaxed);
+            // SAFETY: the caller keeps the contract of `alloc_zeroed`.
+            unsafe { System.alloc_zeroed(layout) }
+        }
+
+        unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+            LARGE.fetch_add(usize::from(new_size > 4096), Ordering::Relaxed);
+            // SAFETY: the caller keeps the contract of `realloc`.
+            unsafe { System.realloc(pointer, layout, new_size) }
+        }
+
+        unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+            // SAFETY: the caller keeps the contract of `dealloc`.
+            unsafe { System.dealloc(pointer, layout) }
+        }
+    }
+
+    #[global_allocator]
+    static ALLOCATOR: Counting = Counting;
+
+    /// The model of `examples/compute.toml`, narrower, with accumulation and without.
+    const RUN: &str = r#"
+[model]
+kind = "mixtral"
+layers = 8
+hidden = 64
+heads = 4
+experts = 8
+top_k = 2
+expert_hidden = 128
+aux_loss = "switch"
+aux_loss_coefficient = 0.02
+
+[train]
+steps = 40
+sequence_tokens = 64
+batch_sequences = 8
+
+[cluster]
+threads = 2
+"#;
+
+    #[test]
+    fn after_the_first_steps_a_step_allocates_nothing_over_4_kib() {
+        const TEST: &str = "worker::tests::after_the_first_steps_a_step_allocates_nothing_over_4_kib";
+        if !is_alone(TEST) {
+            let output = run_alone(TEST);
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            return;
+        }
+        for micro_batches in [1, 2] {
+            let overrides = [
+                format!("data.files={}/src/*.rs", env!("CARGO_MANIFEST_DIR")),
+                format!("train.micro_batches={micro_batches}"),
+            ]
+            .map(|assignment| Override::set(&assignment).unwrap());
+            let config = RunConfig::parse(Path::new("test.toml"), RUN, &overrides).unwrap();
+            let loaded = load_data(&config).unwrap();
+            let experts = config.expert_layout().unwrap();
+            let mut comm = Comm::solo();
+            let mut worker = prepared_worker(&config, &loaded.data, &experts, 0).unwrap();
+            for step in 0..4 {
+                worker.step(&mut comm, step, false).unwrap();
+            }
+            assert!(LARGE.load(Ordering::Relaxed) > 0, "the counter counts");
+            for step in 4..8 {
+                let before = LARGE.load(Ordering::Relaxed);
+                worker.step(&mut comm, step, false).unwrap();
+                let large = LARGE.load(Ordering::Relaxed) - before;
+                assert_eq!(large, 0, "step {step}, {micro_batches} micro-batches");
+            }
+        }
+    }
+}

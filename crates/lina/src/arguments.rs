@@ -1,9 +1,49 @@
 //! What can be typed: commands, options and their help.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
+use clap::builder::PossibleValuesParser;
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use lina_train::{ConfigError, Override, RunConfig};
+use lina_train::{ConfigError, Engine, Override, RunConfig};
+
+use crate::commands::Failure;
+
+/// The process's arguments; `None` if they ask for help or the version, which has been printed then.
+///
+/// # Errors
+/// If they do not parse.
+pub(crate) fn parse() -> Result<Option<Arguments>, Failure> {
+    parse_from(std::env::args_os())
+}
+
+fn parse_from(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arguments>, Failure> {
+    let error = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => return Ok(Some(arguments)),
+        Err(error) => error,
+    };
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // As with every result, a reader that went away is no error.
+            let _ = error.print();
+            Ok(None)
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            Err(Failure::new("a command is missing, expected one that `--help` lists", 2))
+        }
+        _ => Err(Failure::new(format_args!("{}; `--help` says what is expected", one_line(&error.to_string())), 2)),
+    }
+}
+
+/// What clap says in paragraphs, in one sentence and without the usage that follows.
+fn one_line(message: &str) -> String {
+    let message = message.strip_prefix("error: ").unwrap_or(message);
+    let sentence = message.split("\n\nUsage:").next().unwrap_or(message);
+    let sentence = sentence.split("\n\nFor more information").next().unwrap_or(sentence);
+    let paragraphs = sentence.split("\n\n").map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
+    paragraphs.collect::<Vec<_>>().join("; ")
+}
 
 /// Trains Mixture-of-Experts language models with expert parallelism, and keeps the all-to-all off the critical path.
 #[derive(Debug, Parser)]
@@ -49,21 +89,26 @@ pub(crate) enum BenchCommand {
 }
 
 const TRAIN_EXAMPLES: &str = "\
-With --out, the run's folder gets config.toml, metrics.jsonl, trace.json (for ui.perfetto.dev),
-report.html and checkpoints as Hugging Face folders. The first ctrl-C ends the run after the step
-under way, with a checkpoint; the second one ends it at once.
+The run's folder gets config.toml, metrics.jsonl, trace.json (for ui.perfetto.dev), report.html and
+checkpoints as Hugging Face folders. Without --out it is runs/CONFIG, or the first of runs/CONFIG-2,
+runs/CONFIG-3, ... that is free; a run that goes on from a checkpoint stays where it was. A folder with
+the checkpoints of another run is refused. The first ctrl-C ends the run after the step under way, with
+a checkpoint; the second one ends it at once.
 
 Examples:
   lina train examples/quickstart.toml --out runs/first
   lina train examples/quickstart.toml --ranks 2 --steps 50 --set data='books/**/*.txt'
   lina train examples/quickstart.toml --resume runs/first/checkpoint-300 --steps 600
+With experts packed onto ranks as the run goes on (policy.packing, examples/packing.toml):
+  lina train examples/quickstart.toml --set policy.packing=true
 On the wall clock instead of an emulated cluster's:
   lina train examples/quickstart.toml --set cluster.link= --set cluster.device=";
 
 const BENCH_TRAIN_EXAMPLES: &str = "\
 Examples:
   lina bench train examples/quickstart.toml
-  lina bench train examples/quickstart.toml --policies fair,lina --set cluster.link.gbps=10 --json";
+  lina bench train examples/quickstart.toml --policies fair,lina --set cluster.link.gbps=10 --json
+  lina bench train examples/packing.toml --policies fair,lina,lina+packing";
 
 const BENCH_COMPUTE_EXAMPLES: &str = "\
 Example:
@@ -92,6 +137,11 @@ pub(crate) struct ConfigArguments {
 }
 
 impl ConfigArguments {
+    /// The configuration file.
+    pub(crate) fn file(&self) -> &Path {
+        &self.config
+    }
+
     /// Loads the configuration: the file, then the assignments, then `options`.
     pub(crate) fn load(&self, options: Vec<Option<Override>>) -> Result<RunConfig, ConfigError> {
         let mut overrides = Vec::new();
@@ -130,10 +180,10 @@ pub(crate) struct TrainArguments {
     /// Steps of the whole run [short for train.steps].
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) steps: Option<String>,
-    /// Folder of the run; nothing is written without it.
+    /// Folder of the run [default: runs/CONFIG, or that of the run to go on from].
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
-    /// Checkpoint, or folder of a run, to go on from.
+    /// Checkpoint to go on from, or the folder of a run, whose latest one it is then.
     #[arg(long, value_name = "DIR")]
     pub(crate) resume: Option<PathBuf>,
     #[command(flatten)]
@@ -144,7 +194,8 @@ pub(crate) struct TrainArguments {
 pub(crate) struct BenchTrainArguments {
     #[command(flatten)]
     pub(crate) config: ConfigArguments,
-    /// Policies to compare, with commas between [short for bench.policies; default: all].
+    /// Policies to compare, with commas between, `+packing` after a name to pack experts [short for bench.policies;
+    /// default: all, without packing].
     #[arg(long, value_name = "P,P,...", value_delimiter = ',')]
     pub(crate) policies: Vec<String>,
     /// Times that every policy has its turn [short for bench.rounds].
@@ -182,9 +233,12 @@ pub(crate) struct EvalArguments {
     /// Tokens of a window [default: the model's positions, at most 1024].
     #[arg(long, value_name = "T")]
     pub(crate) seq_tokens: Option<usize>,
-    /// Number of ranks.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) ranks: usize,
+    /// Number of ranks [default: 1, or those that the launcher of engine mpi has started].
+    #[arg(long, value_name = "N")]
+    pub(crate) ranks: Option<usize>,
+    /// What carries the ranks' messages: local or, if this build has it, mpi.
+    #[arg(long, value_name = "ENGINE", default_value = "local", value_parser = PossibleValuesParser::new(built_engines()))]
+    pub(crate) engine: String,
     /// Threads that compute for one rank; 0 shares the cores out.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) threads: usize,
@@ -197,6 +251,11 @@ pub(crate) struct DoctorArguments {
     /// Prints one JSON object on stdout instead of text.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Names of the engines that this build has.
+fn built_engines() -> Vec<&'static str> {
+    Engine::BUILT.iter().map(|engine| engine.name()).collect()
 }
 
 #[cfg(test)]

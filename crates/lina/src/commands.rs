@@ -3,8 +3,8 @@
 use std::fmt::Display;
 
 use lina_train::{
-    BenchOptions, ConfigError, EvalOptions, Override, TrainError, TrainOptions, TrainSummary, bench_compute,
-    bench_train, eval, train,
+    BenchOptions, ClusterConfig, ConfigError, Engine, EvalOptions, Override, TrainError, TrainOptions, TrainSummary,
+    bench_compute, bench_train, default_run_folder, eval, launched_ranks, train,
 };
 
 use crate::arguments::{
@@ -21,7 +21,7 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    fn new(message: impl Display, exit_code: u8) -> Self {
+    pub(crate) fn new(message: impl Display, exit_code: u8) -> Self {
         Failure { message: message.to_string(), exit_code }
     }
 }
@@ -62,23 +62,30 @@ fn run_train(arguments: TrainArguments) -> Result<(), Failure> {
         short("--policy", "policy.name", arguments.policy.as_deref())?,
         short("--steps", "train.steps", arguments.steps.as_deref())?,
     ])?;
-    let stop = signals::stop_on_signals()
-        .map_err(|error| Failure::new(format_args!("ctrl-C cannot be listened for: {error}"), 1))?;
     let OutputArguments { json, quiet } = arguments.output;
-    let report = arguments.out.as_ref().map(|out| out.join("report.html"));
-    let options = TrainOptions { config, out: arguments.out, resume: arguments.resume, quiet };
-    let summary = train(options, &stop)?;
+    let stop = signals::stop_on_signals(quiet || !config.cluster.leads())
+        .map_err(|error| Failure::new(format_args!("ctrl-C cannot be listened for: {error}"), 1))?;
+    signals::report_file_size_limit()
+        .map_err(|error| Failure::new(format_args!("SIGXFSZ cannot be listened for: {error}"), 1))?;
+    let resume = arguments.resume;
+    let out = arguments.out.unwrap_or_else(|| default_run_folder(arguments.config.file(), resume.as_deref()));
+    let options = TrainOptions { config, out: Some(out), resume, quiet };
+    let leads = options.config.cluster.leads();
+    let summary = match train(options, &stop) {
+        // Every rank has stopped; one of them says so.
+        Err(error @ TrainError::Interrupted { .. }) if !leads => return Err(Failure::new("", error.exit_code())),
+        result => result?,
+    };
+    if !leads {
+        return Ok(());
+    }
     if let Some(bench) = summary.bench.as_ref().filter(|_| !quiet) {
         output::say(&bench.table());
     }
     if json {
         return Ok(output::json(&summary)?);
     }
-    let mut text = train_text(&summary);
-    if let Some(report) = report {
-        text.push_str(&format!("\nreport         {}", report.display()));
-    }
-    Ok(output::text(&text)?)
+    Ok(output::text(&train_text(&summary))?)
 }
 
 fn run_bench_train(arguments: BenchTrainArguments) -> Result<(), Failure> {
@@ -92,7 +99,12 @@ fn run_bench_train(arguments: BenchTrainArguments) -> Result<(), Failure> {
     let bench = config.bench_or_default();
     let OutputArguments { json, quiet } = arguments.output;
     let options = BenchOptions { config, policies: bench.policies, rounds: bench.rounds, quiet };
+    let leads = options.config.cluster.leads();
+    outlive_launcher(&options.config.cluster)?;
     let summary = bench_train(options)?;
+    if !leads {
+        return Ok(());
+    }
     Ok(output::table_or_json(json, quiet, &summary.table(), &summary)?)
 }
 
@@ -106,14 +118,25 @@ fn run_bench_compute(arguments: BenchComputeArguments) -> Result<(), Failure> {
 
 fn run_eval(arguments: EvalArguments) -> Result<(), Failure> {
     let OutputArguments { json, quiet } = arguments.output;
+    let engine = match arguments.engine.as_str() {
+        "mpi" => Engine::Mpi,
+        _ => Engine::Local,
+    };
+    let ranks = arguments.ranks.or(launched_ranks().filter(|_| engine == Engine::Mpi)).unwrap_or(1);
+    let cluster = ClusterConfig { engine, ranks, ..ClusterConfig::default() };
+    outlive_launcher(&cluster)?;
     let summary = eval(EvalOptions {
         model: arguments.model,
         data: arguments.data,
         sequence_tokens: arguments.seq_tokens,
-        ranks: arguments.ranks,
+        ranks,
+        engine,
         threads: arguments.threads,
         quiet,
     })?;
+    if !cluster.leads() {
+        return Ok(());
+    }
     if json {
         return Ok(output::json(&summary)?);
     }
@@ -129,6 +152,15 @@ fn run_doctor(arguments: DoctorArguments) -> Result<(), Failure> {
         return Ok(output::json(&findings)?);
     }
     Ok(output::text(&findings.to_string())?)
+}
+
+/// A launcher that loses a rank terminates the others: they stay long enough to say why.
+fn outlive_launcher(cluster: &ClusterConfig) -> Result<(), Failure> {
+    if cluster.engine == Engine::Mpi {
+        signals::ignore_termination()
+            .map_err(|error| Failure::new(format_args!("SIGTERM cannot be listened for: {error}"), 1))?;
+    }
+    Ok(())
 }
 
 /// The change that a short option makes, if it was given.
@@ -150,10 +182,16 @@ fn train_text(summary: &TrainSummary) -> String {
     lines.push(format!("throughput     {:.0} tokens/s{clock}", summary.tokens_per_s));
     lines.push(format!("wall clock     {:.1} s", summary.wall_s));
     if let Some(peak_bytes) = summary.peak_rss_bytes {
-        lines.push(format!("peak memory    {:.0} MiB", peak_bytes as f64 / f64::from(1 << 20)));
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let predicted = mib(summary.memory.total_bytes);
+        lines.push(format!("peak memory    {:.0} MiB, predicted {predicted:.0} MiB", mib(peak_bytes)));
     }
     if let Some(checkpoint) = &summary.checkpoint {
         lines.push(format!("checkpoint     {}", checkpoint.display()));
+    }
+    if let Some(out) = &summary.out {
+        lines.push(format!("report         {}", out.join("report.html").display()));
+        lines.push(format!("trace          {}, for ui.perfetto.dev", out.join("trace.json").display()));
     }
     lines.join("\n")
 }

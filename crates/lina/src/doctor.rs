@@ -41,7 +41,10 @@ pub(crate) fn examine() -> Findings {
             version: env!("CARGO_PKG_VERSION"),
             target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
             optimised: !cfg!(debug_assertions),
-            features: if cfg!(feature = "openblas") { vec!["openblas"] } else { Vec::new() },
+            features: [("mpi", cfg!(feature = "mpi")), ("openblas", cfg!(feature = "openblas"))]
+                .into_iter()
+                .filter_map(|(name, built)| built.then_some(name))
+                .collect(),
         },
         machine: Machine::examine(),
         engines: vec![engines::local(), engines::mpi(&installed), engines::nccl(&installed)],

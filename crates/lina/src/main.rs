@@ -1,6 +1,7 @@
 //! The command line: it turns arguments into options, calls `lina-train`, and prints what comes back.
 //!
-//! Results go to stdout, everything else to stderr. With `--json`, stdout holds exactly one JSON object.
+//! Results go to stdout, everything else to stderr. With `--json`, stdout holds exactly one JSON object. A command that
+//! fails says one sentence, whatever the reason.
 
 mod arguments;
 mod commands;
@@ -8,16 +9,55 @@ mod doctor;
 mod output;
 mod signals;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::Parser;
+use commands::Failure;
 
 fn main() -> ExitCode {
-    match commands::run(arguments::Arguments::parse()) {
+    lina_train::keep_panics_quiet();
+    #[cfg(feature = "mpi")]
+    lina_train::set_last_words(last_words);
+    let run = || arguments::parse().and_then(|arguments| arguments.map_or(Ok(()), commands::run));
+    // Nothing of what a panic left half done is looked at again.
+    let result = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        let reason = lina_train::panic_reason(&*panic);
+        Err(Failure::new(format_args!("a bug in lina: {reason}; RUST_BACKTRACE=1 says more"), 1))
+    });
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            output::say(&format!("error: {}", failure.message));
+            if !failure.message.is_empty() {
+                say_once(&failure.message);
+            }
+            #[cfg(feature = "mpi")]
+            linger();
             ExitCode::from(failure.exit_code)
         }
+    }
+}
+
+/// Says why the process ends, unless that has been said.
+fn say_once(message: &str) {
+    static SAID: AtomicBool = AtomicBool::new(false);
+    if !SAID.swap(true, Ordering::Relaxed) {
+        output::say(&format!("error: {message}"));
+    }
+}
+
+/// A rank that is still computing when its job is lost says why, before the launcher kills it.
+#[cfg(feature = "mpi")]
+fn last_words(error: &lina_train::CommError) {
+    say_once(&error.to_string());
+    linger();
+    std::process::exit(1);
+}
+
+/// A launcher that ends a job forwards what a rank has said only while the rank lives.
+#[cfg(feature = "mpi")]
+fn linger() {
+    if lina_train::launched_ranks().is_some() {
+        std::thread::sleep(std::time::Duration::from_millis(200));
     }
 }

@@ -11,7 +11,7 @@ const INTERRUPTED: i32 = 130;
 ///
 /// # Errors
 /// If the operating system refuses to deliver them.
-pub(crate) fn stop_on_signals() -> Result<StopFlag, ctrlc::Error> {
+pub(crate) fn stop_on_signals(quiet: bool) -> Result<StopFlag, ctrlc::Error> {
     let stop = StopFlag::new();
     let flag = stop.clone();
     ctrlc::set_handler(move || {
@@ -19,7 +19,40 @@ pub(crate) fn stop_on_signals() -> Result<StopFlag, ctrlc::Error> {
             std::process::exit(INTERRUPTED);
         }
         flag.request();
-        output::say("stopping after this step; ctrl-C again stops at once");
+        if !quiet {
+            output::say("stopping after this step; ctrl-C again stops at once");
+        }
     })?;
     Ok(stop)
+}
+
+/// Makes a write beyond the process's file size limit (`ulimit -f`) an error like that of a full disk, where the
+/// system would otherwise kill the process.
+///
+/// # Errors
+/// If the operating system refuses.
+#[cfg(unix)]
+pub(crate) fn report_file_size_limit() -> std::io::Result<()> {
+    // The write itself fails; nobody needs to know that the signal came.
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Default::default()).map(drop)
+}
+
+/// Other systems have no such limit.
+#[cfg(not(unix))]
+pub(crate) fn report_file_size_limit() -> std::io::Result<()> {
+    Ok(())
+}
+
+/// From now on, the first termination signal changes nothing, and a second one ends the process.
+///
+/// # Errors
+/// If the operating system refuses.
+pub(crate) fn ignore_termination() -> Result<(), ctrlc::Error> {
+    let stop = StopFlag::new();
+    ctrlc::set_handler(move || {
+        if stop.requested() {
+            std::process::exit(INTERRUPTED);
+        }
+        stop.request();
+    })
 }

@@ -79,6 +79,7 @@ impl ModelSection {
     /// # Errors
     /// If sizes are missing or impossible, or settings contradict each other.
     pub fn resolve(&self, base: &Path, place: &str) -> Result<ModelConfig, ConfigError> {
+        let one_of_three = |found: &str| Err(format!("{found}, expected exactly one of `kind`, `preset` and `path`"));
         let mut config = match (self.kind, self.preset, self.folder(base)) {
             (Some(kind), None, None) => self.with_kind(kind),
             (None, Some(preset), None) => self.with_preset(preset),
@@ -86,7 +87,8 @@ impl ModelSection {
                 let config = ModelConfig::from_folder(&folder)?;
                 self.refuse_sizes().map(|()| config)
             }
-            _ => Err("expected exactly one of `kind`, `preset` and `path`".to_string()),
+            (None, None, None) => one_of_three("says no model"),
+            _ => one_of_three("says the model more than once"),
         }
         .map_err(|message| ConfigError { place: place.to_string(), message })?;
         self.set_router(&mut config.router);
@@ -158,7 +160,8 @@ impl ModelSection {
         }
         match self.head_dim {
             Some(head_dim) => config.head_dim = head_dim,
-            None if config.heads == 0 || !config.hidden.is_multiple_of(config.heads) => {
+            None if config.heads == 0 => return Err("`heads` is 0, expected at least 1".to_string()),
+            None if !config.hidden.is_multiple_of(config.heads) => {
                 return Err(format!("`hidden` is {}, expected a multiple of heads = {}", config.hidden, config.heads));
             }
             None => {}
@@ -251,7 +254,7 @@ mod tests {
     fn every_refusal_names_key_found_and_expected() {
         let kind = format!("kind = \"olmoe\"\n{SIZES}");
         let cases = [
-            (String::new(), "expected exactly one of `kind`, `preset` and `path`"),
+            (String::new(), "says no model, expected exactly one of `kind`, `preset` and `path`"),
             ("kind = \"olmoe\"".to_string(), "`hidden` is missing, expected a size for kind olmoe"),
             (format!("{kind}top_k = 5"), "`top_k` is 5, expected at most experts = 4"),
             (format!("{kind}kv_heads = 3"), "`heads` is 4, expected a multiple of kv_heads = 3"),

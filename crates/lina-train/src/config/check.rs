@@ -7,6 +7,7 @@ use lina_net::Topology;
 use lina_plan::ExpertLayout;
 
 use super::{Engine, RunConfig};
+use crate::launcher::launched_ranks;
 
 /// Something impossible, and the key to blame, so that the place can be looked up.
 #[derive(Debug)]
@@ -21,8 +22,12 @@ type Check = Result<(), Problem>;
 const MAX_STEPS: u64 = 1 << 40;
 const MAX_SEQUENCE_TOKENS: usize = 1 << 20;
 const MAX_SEQUENCES: usize = 1 << 20;
-const MAX_RANKS: usize = 1024;
-const MAX_THREADS: usize = 1024;
+pub(crate) const MAX_RANKS: usize = 1024;
+pub(crate) const MAX_THREADS: usize = 1024;
+/// Of all ranks together: beyond it, systems refuse threads or their stacks.
+const MAX_JOB_THREADS: usize = 4096;
+/// With as many, the sizes of all buffers fit 64 bits.
+const MAX_MICRO_BATCH_TOKENS: usize = 1 << 30;
 const MAX_BYTES: usize = 1 << 40;
 const MAX_CHUNKS: usize = 1024;
 const MAX_ROUNDS: usize = 10_000;
@@ -38,6 +43,9 @@ pub(super) fn check(config: &RunConfig) -> Check {
     within("policy.bucket_bytes", policy.bucket_bytes, 1..=MAX_BYTES)?;
     within("policy.partition_bytes", policy.partition_bytes, 1..=MAX_BYTES)?;
     within("policy.pipeline_chunks", policy.pipeline_chunks, 1..=MAX_CHUNKS)?;
+    if let Some(most) = policy.max_experts_per_rank {
+        within("policy.max_experts_per_rank", most, 1..=config.model.experts)?;
+    }
     check_bench(config)
 }
 
@@ -58,6 +66,13 @@ fn check_train(config: &RunConfig) -> Check {
         "train.micro_batches",
         train.micro_batches,
         format_args!("a number from 1 to batch_sequences = {}", train.batch_sequences),
+    )?;
+    let micro_batch_tokens = train.batch_sequences.div_ceil(train.micro_batches) * train.sequence_tokens;
+    require(
+        micro_batch_tokens <= MAX_MICRO_BATCH_TOKENS,
+        "train.batch_sequences",
+        train.batch_sequences,
+        format_args!("micro-batches of at most {MAX_MICRO_BATCH_TOKENS} tokens, found {micro_batch_tokens}"),
     )?;
     // TOML's integers have a sign.
     within("train.seed", train.seed, 0..=i64::MAX as u64)?;
@@ -90,13 +105,24 @@ fn check_cluster(config: &RunConfig) -> Check {
     within("cluster.ranks", cluster.ranks, 1..=MAX_RANKS)?;
     let engine = cluster.engine;
     if !Engine::BUILT.contains(&engine) {
-        let built = Engine::BUILT.map(|engine| format!("`{}`", engine.name())).join(" and ");
+        let built = Engine::BUILT.iter().map(|engine| format!("`{}`", engine.name())).collect::<Vec<_>>().join(" and ");
         return problem(
             "cluster.engine",
             format!("this build has no engine `{}`, it has {built}; `lina doctor` says more", engine.name()),
         );
     }
+    if let Some(launched) = launched_ranks().filter(|_| engine == Engine::Mpi) {
+        let expected = format_args!("{launched}, the number that the launcher started; it need not be written");
+        require(cluster.ranks == launched, "cluster.ranks", cluster.ranks, expected)?;
+    }
     within("cluster.threads", cluster.threads, 0..=MAX_THREADS)?;
+    let threads = cluster.threads_of(cluster.ranks);
+    require(
+        threads * cluster.ranks <= MAX_JOB_THREADS,
+        "cluster.threads",
+        threads,
+        format_args!("at most {MAX_JOB_THREADS} threads on all {} ranks together", cluster.ranks),
+    )?;
     let timeout_s = cluster.timeout_s;
     require(
         timeout_s > 0.0 && timeout_s <= MAX_TIMEOUT_S,
@@ -114,16 +140,37 @@ fn check_cluster(config: &RunConfig) -> Check {
         return problem("cluster.experts_per_rank", format!("`cluster.experts_per_rank`: {error}"));
     }
     match (&cluster.link, &cluster.device) {
+        (Some(_), _) if engine == Engine::Mpi => problem(
+            "cluster.link",
+            "`cluster.link` is set, but the network of engine `mpi` is a real one; remove it, as --set cluster.link= does"
+                .to_owned(),
+        ),
+        (None, Some(device)) if engine == Engine::Mpi => {
+            require(positive(device.gflops), "cluster.device.gflops", device.gflops, "a number above 0")
+        }
         (Some(_), None) => problem("cluster.link", missing_half("link", "device")),
         (None, Some(_)) => problem("cluster.device", missing_half("device", "link")),
         (None, None) => Ok(()),
         (Some(link), Some(device)) => {
             if let Err(error) = Topology::new(link.resolve(cluster.ranks), cluster.ranks) {
-                return problem("cluster.link", format!("cluster.{error}"));
+                return problem(link_key(&error.message), format!("cluster.{error}"));
             }
             require(positive(device.gflops), "cluster.device.gflops", device.gflops, "a number above 0")
         }
     }
+}
+
+/// The key of `cluster.link` that a sentence about it begins with.
+fn link_key(message: &str) -> &'static str {
+    const KEYS: [&str; 5] = [
+        "cluster.link.gbps",
+        "cluster.link.inner_gbps",
+        "cluster.link.latency_us",
+        "cluster.link.launch_us",
+        "cluster.link.nodes",
+    ];
+    let found = message.split(' ').next().unwrap_or_default();
+    KEYS.into_iter().find(|key| key.strip_prefix("cluster.") == Some(found)).unwrap_or("cluster.link")
 }
 
 fn missing_half(set: &str, missing: &str) -> String {

@@ -4,8 +4,10 @@ use std::num::NonZero;
 use std::path::PathBuf;
 
 use lina_net::{Link, Topology, TopologyError};
-use lina_plan::{Policy, PolicySettings};
+use lina_plan::{Policy, PolicySettings, Schedule};
 use serde::{Deserialize, Serialize};
+
+use crate::launcher::{launched_rank, launched_ranks_here};
 
 /// `[train]`: what is optimised, for how long, and how often the run looks at itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -88,7 +90,7 @@ pub enum Engine {
 
 impl Engine {
     /// The engines that this build has.
-    pub const BUILT: [Engine; 1] = [Engine::Local];
+    pub const BUILT: &[Engine] = if cfg!(feature = "mpi") { &[Engine::Local, Engine::Mpi] } else { &[Engine::Local] };
 
     /// The name in configuration files and on the command line.
     pub fn name(self) -> &'static str {
@@ -104,7 +106,7 @@ impl Engine {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ClusterConfig {
-    /// Number of ranks.
+    /// Number of ranks; on MPI as many as the launcher starts, which need not be written.
     pub ranks: usize,
     /// What carries their messages.
     pub engine: Engine,
@@ -118,7 +120,7 @@ pub struct ClusterConfig {
     pub memory_limit_gib: Option<f64>,
     /// Links of an emulated cluster; goes with `device`.
     pub link: Option<LinkConfig>,
-    /// Devices of an emulated cluster; goes with `link`.
+    /// Devices of an emulated cluster, goes with `link`; on MPI, ranks wait as if they computed on such devices.
     pub device: Option<DeviceConfig>,
 }
 
@@ -138,14 +140,20 @@ impl Default for ClusterConfig {
 }
 
 impl ClusterConfig {
-    /// Threads that compute for one rank if `ranks` share this machine: `threads` if set, else an even share of the
-    /// cores that this process may use, at least 1.
+    /// Threads that compute for one rank of `ranks`: `threads` if set, else an even share of the cores that this
+    /// process may use, at least 1. On MPI, the ranks that the launcher has started on this host share them.
     pub fn threads_of(&self, ranks: usize) -> usize {
         if self.threads > 0 {
             return self.threads;
         }
+        let ranks = if self.engine == Engine::Mpi { launched_ranks_here().unwrap_or(1) } else { ranks };
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         (cores / ranks.max(1)).max(1)
+    }
+
+    /// Whether this process speaks for the job: where every rank is a process, rank 0's alone does.
+    pub fn leads(&self) -> bool {
+        self.engine != Engine::Mpi || launched_rank().is_none_or(|rank| rank == 0)
     }
 
     /// Links and the device's rate in GFLOP/s, if the cluster is an emulated one.
@@ -218,12 +226,24 @@ pub struct PolicyConfig {
     pub partition_bytes: usize,
     /// As in [`PolicySettings`].
     pub pipeline_chunks: usize,
+    /// Whether the experts of a rank are decided as the run goes on, from `cluster.experts_per_rank` upwards.
+    pub packing: bool,
+    /// Most experts of an MoE layer that packing puts on a rank; by default all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_experts_per_rank: Option<usize>,
 }
 
 impl Default for PolicyConfig {
     fn default() -> Self {
         let PolicySettings { bucket_bytes, partition_bytes, pipeline_chunks } = PolicySettings::default();
-        PolicyConfig { name: Policy::Lina, bucket_bytes, partition_bytes, pipeline_chunks }
+        PolicyConfig {
+            name: Policy::Lina,
+            bucket_bytes,
+            partition_bytes,
+            pipeline_chunks,
+            packing: false,
+            max_experts_per_rank: None,
+        }
     }
 }
 
@@ -242,14 +262,15 @@ impl PolicyConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BenchConfig {
-    /// Policies, in the order in which a round runs them.
-    #[serde(with = "policy_names")]
-    pub policies: Vec<Policy>,
+    /// Policies with or without packing (`lina`, `lina+packing`), in the order in which a round runs them.
+    #[serde(with = "schedule_names")]
+    pub policies: Vec<Schedule>,
     /// Steps that `lina bench train` trains before the comparison, so that routing has settled.
     pub settle_steps: u64,
     /// Measured steps of each policy in each round.
     pub steps: u64,
-    /// Steps before them, in which a policy's plans settle.
+    /// Steps before them, in which a policy's plans settle. Packing is decided in the first round, in as many more
+    /// steps as that takes.
     pub warmup_steps: u64,
     /// Rounds; each runs every policy once, so that a slow minute of the machine hits all of them.
     pub rounds: usize,
@@ -257,7 +278,13 @@ pub struct BenchConfig {
 
 impl Default for BenchConfig {
     fn default() -> Self {
-        BenchConfig { policies: Policy::ALL.to_vec(), settle_steps: 0, steps: 6, warmup_steps: 3, rounds: 1 }
+        BenchConfig {
+            policies: Policy::ALL.map(Schedule::from).to_vec(),
+            settle_steps: 0,
+            steps: 6,
+            warmup_steps: 3,
+            rounds: 1,
+        }
     }
 }
 
@@ -303,19 +330,31 @@ mod policy_name {
     }
 }
 
-/// Lists of policies under their names.
-mod policy_names {
-    use super::Policy;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+/// Lists of policies with or without packing, under their names.
+mod schedule_names {
+    use std::sync::LazyLock;
 
-    #[derive(Serialize, Deserialize)]
-    struct Named(#[serde(with = "super::policy_name")] Policy);
+    use super::Schedule;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
 
-    pub(super) fn serialize<S: Serializer>(policies: &[Policy], serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(policies.iter().copied().map(Named))
+    static OWNED_NAMES: LazyLock<Vec<String>> = LazyLock::new(|| Schedule::all().map(|s| s.to_string()).collect());
+    static NAMES: LazyLock<Vec<&'static str>> = LazyLock::new(|| OWNED_NAMES.iter().map(String::as_str).collect());
+
+    pub(super) fn serialize<S: Serializer>(schedules: &[Schedule], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(schedules.iter().map(Schedule::to_string))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Policy>, D::Error> {
-        Ok(Vec::<Named>::deserialize(deserializer)?.into_iter().map(|Named(policy)| policy).collect())
+    struct Named(Schedule);
+
+    impl<'de> Deserialize<'de> for Named {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            let name = String::deserialize(deserializer)?;
+            name.parse().map(Named).map_err(|_| D::Error::unknown_variant(&name, &NAMES))
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Schedule>, D::Error> {
+        Ok(Vec::<Named>::deserialize(deserializer)?.into_iter().map(|Named(schedule)| schedule).collect())
     }
 }

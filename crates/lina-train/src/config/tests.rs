@@ -1,6 +1,7 @@
 //! What loads, what does not, and what is said then.
 
 use super::*;
+use lina_plan::Schedule;
 
 const MINIMAL: &str = r#"
 [model]
@@ -42,7 +43,8 @@ fn defaults_fill_what_is_not_written() {
     assert_eq!(config.data.files, ["a.txt"]);
     assert_eq!((config.tokenizer_file.as_ref(), config.bench.as_ref()), (None, None));
     assert!(!config.is_emulated() && config.cluster.emulation().unwrap().is_none());
-    assert_eq!(config.bench_or_default().policies, Policy::ALL);
+    assert_eq!(config.bench_or_default().policies, Policy::ALL.map(Schedule::from));
+    assert!(!config.policy.packing);
     assert_eq!(config.model.experts, 4);
 }
 
@@ -64,8 +66,10 @@ device = { gflops = 1000 }
 [policy]
 name = "fixed"
 bucket_bytes = 1_000_000
+packing = true
+max_experts_per_rank = 3
 [bench]
-policies = ["fair", "lina"]
+policies = ["fair", "lina", "lina+packing"]
 "#;
     for text in ["", everything] {
         let config = load(text, &["model.jitter=0.1"]).unwrap();
@@ -109,7 +113,7 @@ fn overrides_take_toml_and_bare_words() {
     ];
     let config = RunConfig::parse(Path::new("run.toml"), MINIMAL, &overrides).unwrap();
     assert_eq!(config.cluster.ranks, 2);
-    assert_eq!(config.bench_or_default().policies, [Policy::Lina, Policy::Fair]);
+    assert_eq!(config.bench_or_default().policies, [Policy::Lina, Policy::Fair].map(Schedule::from));
 }
 
 #[test]
@@ -125,7 +129,8 @@ fn a_file_is_refused_with_its_line() {
     );
     check_file(
         "[policy]\nzzz = 1",
-        "run.toml line 13: unknown key `policy.zzz`, expected one of name, bucket_bytes, partition_bytes, pipeline_chunks",
+        "run.toml line 13: unknown key `policy.zzz`, expected one of name, bucket_bytes, partition_bytes, pipeline_chunks, packing, \
+         max_experts_per_rank",
     );
     check_file(
         "[train]\nsteps = \"ten\"",
@@ -152,7 +157,8 @@ fn a_file_is_refused_with_its_line() {
     check_file("[policy]\nname = 1", "run.toml line 13: `policy.name` is 1, expected a string");
     check_file(
         "[bench]\npolicies = [\"fair\", \"nope\"]",
-        "run.toml line 13: `bench.policies[1]` is \"nope\", expected one of fair, priority, fixed, lina",
+        "run.toml line 13: `bench.policies[1]` is \"nope\", expected one of fair, priority, fixed, lina, fair+packing, \
+         priority+packing, fixed+packing, lina+packing",
     );
     check_file("[bench]\npolicies = []", "run.toml line 13: `bench.policies` is empty, expected at least one policy");
     check_file(
@@ -206,6 +212,8 @@ fn impossible_values_are_refused() {
         "cluster.device={gflops=1}",
         "`cluster.device` is set and `cluster.link` is not, but an emulated cluster needs both",
     );
+    check_set("policy.max_experts_per_rank=5", "`policy.max_experts_per_rank` is 5, expected a number from 1 to 4");
+    check_set("policy.packing=1", "`policy.packing` is 1, expected true or false");
     check_set("policy.pipeline_chunks=0", "`policy.pipeline_chunks` is 0, expected a number from 1 to 1024");
     let cluster = "[cluster]\ndevice = { gflops = 1 }\nlink = { gbps = 0, latency_us = 1, launch_us = 1, nodes = 1 }";
     check_file(cluster, "run.toml line 14: cluster.link.gbps is 0, expected a positive number of Gbit/s");
@@ -213,13 +221,23 @@ fn impossible_values_are_refused() {
         load(cluster, &["cluster.link.gbps=1", "cluster.device.gflops=0"]).unwrap_err(),
         "--set cluster.device.gflops=0: `cluster.device.gflops` is 0, expected a number above 0"
     );
+    check_set("model.top_k=9", "[model] `top_k` is 9, expected at most experts = 4");
     assert_eq!(
-        load("", &["model.top_k=9"]).unwrap_err(),
-        "run.toml: [model]: `top_k` is 9, expected at most experts = 4"
+        load(cluster, &["cluster.link.gbps=1", "cluster.link.nodes=2"]).unwrap_err(),
+        "--set cluster.link.nodes=2: cluster.link.nodes is 2, expected 1 to 1, the number of ranks"
+    );
+    assert_eq!(
+        load("", &["train.sequence_tokens=2048", "train.batch_sequences=1048576"]).unwrap_err(),
+        "--set train.batch_sequences=1048576: `train.batch_sequences` is 1048576, expected micro-batches of at most \
+         1073741824 tokens, found 2147483648"
+    );
+    assert_eq!(
+        load("", &["cluster.ranks=1000", "cluster.threads=5"]).unwrap_err(),
+        "--set cluster.threads=5: `cluster.threads` is 5, expected at most 4096 threads on all 1000 ranks together"
     );
     assert_eq!(
         RunConfig::parse(Path::new("run.toml"), "", &[]).unwrap_err().to_string(),
-        "run.toml: [model]: expected exactly one of `kind`, `preset` and `path`"
+        "run.toml: [model]: says no model, expected exactly one of `kind`, `preset` and `path`"
     );
 }
 

@@ -36,7 +36,7 @@ impl EngineFindings {
 }
 
 fn not_built(engine: Engine) -> String {
-    let built = Engine::BUILT.map(Engine::name).join(", ");
+    let built = Engine::BUILT.iter().map(|engine| engine.name()).collect::<Vec<_>>().join(", ");
     format!("this build has no engine `{}`: use `--engine {built}`", engine.name())
 }
 

@@ -1,0 +1,51 @@
+//! A job on MPI: this process is one of its ranks.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use lina_comm::mpi::{LastWords, MpiConfig, MpiJob};
+use lina_comm::{Comm, CommError};
+use lina_plan::{ExpertLayout, PolicyRules};
+
+use crate::TrainError;
+use crate::config::ClusterConfig;
+use crate::job::{JobOutcome, run_rank};
+
+/// What to say when the job is lost while this rank computes.
+static LAST_WORDS: OnceLock<fn(&CommError)> = OnceLock::new();
+
+/// From now on, a process whose job is lost calls `last_words` if its computation has not come to an end soon after:
+/// a launcher kills it shortly. They should say the error and end the process. Only the first call counts.
+pub fn set_last_words(last_words: LastWords) {
+    LAST_WORDS.get_or_init(|| last_words);
+}
+
+/// Runs `rank_main` on this process's rank. `identity` must be the same text on all ranks.
+///
+/// # Errors
+/// This rank's own error, or what it heard of another's.
+pub(crate) fn run<R>(
+    cluster: &ClusterConfig,
+    experts: &ExpertLayout,
+    rules: PolicyRules,
+    identity: &str,
+    rank_main: impl Fn(&mut Comm) -> Result<R, TrainError>,
+) -> Result<JobOutcome<R>, TrainError> {
+    let config = MpiConfig {
+        ranks: experts.ranks(),
+        groups: experts.groups().to_vec(),
+        timeout: Duration::from_secs_f64(cluster.timeout_s),
+        identity: format!("lina {}\n{identity}", env!("CARGO_PKG_VERSION")),
+        device_gflops: cluster.device.map(|device| device.gflops),
+        max_message_bytes: MpiConfig::MAX_MESSAGE_BYTES,
+        last_words: LAST_WORDS.get().copied(),
+        delays: None,
+        log_launches: false,
+    };
+    let (_, mut comm) = MpiJob::start(config, rules).map_err(TrainError::input)?;
+    let rank = comm.rank();
+    let result = run_rank(rank, &mut comm, &rank_main);
+    // What is left to do needs no other rank.
+    drop(comm);
+    Ok(JobOutcome { ranks: vec![result?], bounds: Vec::new() })
+}
