@@ -39,6 +39,7 @@ impl ComputeClock {
     }
 
     /// From now on, announced work lasts at least its operations over the rate of a device of `gflops`.
+    #[cfg(feature = "mpi")]
     pub(crate) fn emulate_device(&mut self, gflops: f64) {
         self.flops_per_ns = Some(gflops);
     }

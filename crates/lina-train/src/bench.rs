@@ -66,14 +66,14 @@ pub(crate) struct Sample {
 
 impl Sample {
     /// The sample as words, to send it to another process.
-    pub(crate) fn to_words(&self) -> Vec<u64> {
+    pub(crate) fn words(&self) -> Vec<u64> {
         let Sample { policy, step, stats, experts_per_rank } = self;
         let mut words = vec![*policy as u64, *step, *experts_per_rank as u64];
         words.extend(stats.to_words());
         words
     }
 
-    /// The sample that [`to_words`](Self::to_words) made words of.
+    /// The sample that [`words`](Self::words) made words of.
     pub(crate) fn from_words(words: &[u64]) -> Self {
         let (head, stats) = words.split_at(3);
         let &[policy, step, experts_per_rank] = head else { unreachable!("3 words") };

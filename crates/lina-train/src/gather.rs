@@ -12,7 +12,7 @@ pub(crate) fn gather_spans(comm: &mut Comm, own: Vec<Span>) -> Result<Vec<Span>,
 
 /// Every rank's samples, by rank, on rank 0; a rank's own elsewhere. All ranks call it together, between steps.
 pub(crate) fn gather_samples(comm: &mut Comm, own: Vec<Sample>) -> Result<Vec<Vec<Sample>>, CommError> {
-    let words: Vec<Vec<u64>> = own.iter().map(Sample::to_words).collect();
+    let words: Vec<Vec<u64>> = own.iter().map(Sample::words).collect();
     let all = gather(comm, &words)?;
     Ok(all.into_iter().map(|records| records.iter().map(|words| Sample::from_words(words)).collect()).collect())
 }
@@ -74,8 +74,8 @@ mod tests {
         let (_job, comms) = LocalJob::start(config, rules).unwrap();
         let span = |rank: u32, number: u64| Span {
             rank,
-            lane: if number % 2 == 0 { Lane::Compute } else { Lane::AllToAll },
-            name: if number % 2 == 0 { "router" } else { "combine backward" },
+            lane: if number.is_multiple_of(2) { Lane::Compute } else { Lane::AllToAll },
+            name: if number.is_multiple_of(2) { "router" } else { "combine backward" },
             step: 7,
             layer: (number > 1).then_some(3),
             part: (number as u32, 4),

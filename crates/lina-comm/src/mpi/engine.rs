@@ -362,8 +362,10 @@ impl MpiEngine {
 impl Engine for MpiEngine {
     fn start(&mut self, operation: Operation) {
         self.patience.reset();
-        // What is started after a failure is kept: its memory is its owner's only when all is over.
-        if let Err(fault) = self.failure.is_none().then(|| self.try_start(operation)).unwrap_or(Ok(())) {
+        // What comes after a failure goes straight back to its owner, who is about to hear of it.
+        if self.failure.is_none()
+            && let Err(fault) = self.try_start(operation)
+        {
             self.fail_here(fault);
         }
     }
