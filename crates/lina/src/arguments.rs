@@ -102,7 +102,9 @@ Examples:
 With experts packed onto ranks as the run goes on (policy.packing, examples/packing.toml):
   lina train examples/quickstart.toml --set policy.packing=true
 On the wall clock instead of an emulated cluster's:
-  lina train examples/quickstart.toml --set cluster.link= --set cluster.device=";
+  lina train examples/quickstart.toml --set cluster.link= --set cluster.device=
+Each rank a process, in a build with engine mpi:
+  mpirun -np 4 --bind-to none lina train examples/contention-mpi.toml --engine mpi";
 
 const BENCH_TRAIN_EXAMPLES: &str = "\
 Examples:

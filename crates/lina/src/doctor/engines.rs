@@ -37,7 +37,8 @@ impl EngineFindings {
 
 fn not_built(engine: Engine) -> String {
     let built = Engine::BUILT.iter().map(|engine| engine.name()).collect::<Vec<_>>().join(", ");
-    format!("this build has no engine `{}`: use `--engine {built}`", engine.name())
+    let build = if engine == Engine::Mpi { ", or build with `--features lina/mpi`" } else { "" };
+    format!("this build has no engine `{}`: use `--engine {built}`{build}", engine.name())
 }
 
 /// Threads of one process need nothing.
@@ -61,7 +62,7 @@ pub(super) fn mpi(installed: &Installed) -> EngineFindings {
         Some(library) => found.push(format!("library {}", library.display())),
         None => missing.push("a library: libmpi.so or libmpich.so".to_owned()),
     }
-    let remedy = "install an MPI, such as Open MPI (Debian and Ubuntu: openmpi-bin and libopenmpi-dev)";
+    let remedy = "install an MPI, such as Open MPI (Debian and Ubuntu: openmpi-bin and libopenmpi-dev, and libclang-dev to build)";
     EngineFindings::new(Engine::Mpi, found, missing, remedy)
 }
 
