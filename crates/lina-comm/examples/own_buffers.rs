@@ -26,7 +26,12 @@ const STEPS: u64 = 6;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let link = Link { gbps: 10.0, latency_us: 10.0, launch_us: 5.0, nodes: RANKS, inner_gbps: 10.0 };
-    let settings = PolicySettings { bucket_bytes: 1 << 20, partition_bytes: 50_000, pipeline_chunks: 2 };
+    let settings = PolicySettings {
+        bucket_bytes: 1 << 20,
+        partition_bytes: 50_000,
+        pipeline_chunks: 2,
+        ..PolicySettings::default()
+    };
     println!(
         "{:>8} {:>20} {:>24} {:>20}",
         "policy", "step (emulated) ms", "backward all-to-all ms", "the same alone ms"

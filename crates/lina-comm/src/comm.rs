@@ -84,6 +84,8 @@ pub struct Comm {
     /// Whether this micro-batch's gradients are reduced.
     reduces: bool,
     timings: GapTimings,
+    /// From the timings that all ranks agreed on last.
+    suggested_partition_bytes: Option<usize>,
 }
 
 impl Comm {
@@ -105,6 +107,7 @@ impl Comm {
             unclaimed: 0,
             reduces: true,
             timings: GapTimings::default(),
+            suggested_partition_bytes: None,
         }
     }
 
@@ -255,7 +258,14 @@ impl Comm {
         values.copy_from_slice(&sum[..values.len()]);
         let agreed = self.timings.decode_sum(&sum[values.len()..], &self.groups);
         self.next_plan = GapPlan::new(&self.rules, &agreed, &self.groups);
+        self.suggested_partition_bytes = agreed.suggested_partition_bytes();
         Ok(())
+    }
+
+    /// The size of allreduce micro-op that the last step's agreed timings suggest; the same on all ranks. `None` before
+    /// they say enough.
+    pub fn suggested_partition_bytes(&self) -> Option<usize> {
+        self.suggested_partition_bytes
     }
 
     /// Sums `values` over all ranks outside of a step (evaluation, checkpoints).

@@ -5,8 +5,10 @@
 pub enum WorkKind {
     /// Token (and position) embedding.
     Embedding,
-    /// Attention with its projections, norms and rotary positions.
+    /// Attention with its projections, norms and rotary positions, except the projections' weight gradients.
     Attention,
+    /// Weight gradients of attention's projections.
+    AttentionWeightGradient,
     /// A dense feed-forward layer.
     DenseFfn,
     /// Router: gate product, softmax, top-k.
@@ -29,6 +31,7 @@ impl WorkKind {
         match self {
             WorkKind::Embedding => "embedding",
             WorkKind::Attention => "attention",
+            WorkKind::AttentionWeightGradient => "attention weight gradient",
             WorkKind::DenseFfn => "dense ffn",
             WorkKind::Router => "router",
             WorkKind::Permute => "permute",

@@ -17,7 +17,7 @@ const EVALUATION: u64 = 1000;
 type Logs = Vec<Vec<(u64, Launch)>>;
 
 fn settings() -> PolicySettings {
-    PolicySettings { bucket_bytes: 6000, partition_bytes: 1500, pipeline_chunks: 2 }
+    PolicySettings { bucket_bytes: 6000, partition_bytes: 1500, pipeline_chunks: 2, ..PolicySettings::default() }
 }
 
 fn rules(policy: Policy) -> PolicyRules {

@@ -35,6 +35,8 @@ pub(crate) struct AttentionScratch {
     grad_qkv: Vec<f32>,
     /// `[max_tokens, query_width]`.
     grad_output: Vec<f32>,
+    /// `[max_tokens, hidden]`: gradient of the layer's result, kept for weight gradients that wait.
+    grad_result: Vec<f32>,
 }
 
 impl AttentionScratch {
@@ -42,12 +44,13 @@ impl AttentionScratch {
         AttentionScratch {
             grad_qkv: vec![0.0; max_tokens * config.qkv_width()],
             grad_output: vec![0.0; max_tokens * config.query_width()],
+            grad_result: vec![0.0; max_tokens * config.hidden],
         }
     }
 
     /// Elements held.
     pub fn elements(config: &ModelConfig, max_tokens: usize) -> usize {
-        max_tokens * (config.qkv_width() + config.query_width())
+        max_tokens * (config.qkv_width() + config.query_width() + config.hidden)
     }
 }
 
@@ -161,7 +164,8 @@ impl Attention {
         }
     }
 
-    /// Takes the stream's gradient back through the layer's attention; finishes and hands over its gradients.
+    /// Takes the stream's gradient back through the layer's attention. Its gradients are finished and handed over by
+    /// [`weight_gradients`](Self::weight_gradients), before the next layer's attention takes `scratch`.
     pub fn backward(
         &mut self,
         pass: &mut Pass<'_>,
@@ -177,7 +181,7 @@ impl Attention {
         // Scores are computed again; then the gradients of values, probabilities, queries and keys.
         let scores =
             5 * product_flops(config.heads, config.head_dim, 1) * pass.batch.visible_pairs(config.sliding_window);
-        pass.work(WorkKind::Attention, Some(self.layer), 2 * projections + scores)?;
+        pass.work(WorkKind::Attention, Some(self.layer), projections + scores)?;
 
         let qkv = &self.qkv[..tokens * width];
         let output = &self.output[..tokens * query_width];
@@ -186,11 +190,9 @@ impl Attention {
         let grad_qkv = &mut scratch.grad_qkv[..tokens * width];
 
         let grad_y = Mat::new(stream.grad, tokens, hidden);
+        scratch.grad_result[..tokens * hidden].copy_from_slice(stream.grad);
         let weight = Mat::new(&dense[places.output.clone()], hidden, query_width);
-        let weight_gradient = MatMut::new(gradients.range_mut(places.output.clone()), hidden, query_width);
         kernels::matmul(pass.compute, MatMut::new(grad_output, tokens, query_width), grad_y, weight, false);
-        let output_rows = Mat::new(output, tokens, query_width);
-        kernels::matmul(pass.compute, weight_gradient, grad_y.t(), output_rows, pass.accumulate);
 
         kernels::attention_backward(pass.compute, &shape(pass), qkv, output, log_sum_exp, grad_output, grad_qkv);
         if let Some(table) = pass.rotary {
@@ -216,12 +218,35 @@ impl Attention {
         }
 
         let grad_projected = Mat::new(grad_qkv, tokens, width);
-        let normed = Mat::new(self.norm.output(tokens), tokens, hidden);
         let weight = Mat::new(&dense[places.qkv.clone()], width, hidden);
-        let weight_gradient = MatMut::new(gradients.range_mut(places.qkv.clone()), width, hidden);
-        kernels::matmul(pass.compute, weight_gradient, grad_projected.t(), normed, pass.accumulate);
         kernels::matmul(pass.compute, MatMut::new(stream.grad_normed, tokens, hidden), grad_projected, weight, false);
         self.norm.backward(pass, &places.norm, dense, gradients, stream);
+        Ok(())
+    }
+
+    /// Weight gradients of the projections, from what [`backward`](Self::backward) left in `scratch`; hands over all
+    /// of the layer's gradients.
+    pub fn weight_gradients(
+        &self,
+        pass: &mut Pass<'_>,
+        scratch: &AttentionScratch,
+        gradients: &mut SharedBuffer,
+    ) -> Result<(), CommError> {
+        let (config, places) = (pass.config, &pass.layout.layers[self.layer].attention);
+        let (tokens, hidden, width, query_width) =
+            (pass.tokens(), config.hidden, config.qkv_width(), config.query_width());
+        let flops = product_flops(tokens, width, hidden) + product_flops(tokens, hidden, query_width);
+        pass.work(WorkKind::AttentionWeightGradient, Some(self.layer), flops)?;
+
+        let grad_y = Mat::new(&scratch.grad_result[..tokens * hidden], tokens, hidden);
+        let output = Mat::new(&self.output[..tokens * query_width], tokens, query_width);
+        let weight_gradient = MatMut::new(gradients.range_mut(places.output.clone()), hidden, query_width);
+        kernels::matmul(pass.compute, weight_gradient, grad_y.t(), output, pass.accumulate);
+
+        let grad_projected = Mat::new(&scratch.grad_qkv[..tokens * width], tokens, width);
+        let normed = Mat::new(self.norm.output(tokens), tokens, hidden);
+        let weight_gradient = MatMut::new(gradients.range_mut(places.qkv.clone()), width, hidden);
+        kernels::matmul(pass.compute, weight_gradient, grad_projected.t(), normed, pass.accumulate);
         pass.reduce_dense(gradients, &places.slice)
     }
 }

@@ -1,6 +1,6 @@
 //! The decoder: embedding, layers of attention and feed-forward, head and loss, and the way back.
 
-use lina_comm::{Comm, CommError, SharedBuffer, WorkKind};
+use lina_comm::{Comm, CommError, SharedBuffer, WeightGradients, WorkKind};
 use lina_kernels::{self as kernels, Compute, IGNORED, Mat, MatMut, RotaryTable};
 use lina_plan::ExpertLayout;
 
@@ -305,10 +305,22 @@ impl Model {
         self.final_norm.backward(&pass, &layout.final_norm, dense, dense_gradients, &mut stream);
         pass.reduce_dense(dense_gradients, &layout.head_slice)?;
 
-        for (number, layer) in layers.iter_mut().enumerate().rev() {
+        let deferring =
+            pass.comm.ranks() > 1 && pass.comm.moe_shape().attention_gradients == WeightGradients::AfterSend;
+        // Whether weight gradients of the attention above wait.
+        let mut waiting = false;
+        for number in (0..layers.len()).rev() {
+            let (below, above) = layers.split_at_mut(number + 1);
+            let layer = &mut below[number];
             stream.x = &residual[2 * number + 1][..elements];
-            if let FeedForward::Moe(layer) = &mut layer.feed_forward {
-                layer.backward(&mut pass, moe, parameters, &mut stream)?;
+            if let FeedForward::Moe(moe_layer) = &mut layer.feed_forward {
+                let scratch = &self.attention;
+                let above = above.first().filter(|_| std::mem::take(&mut waiting));
+                let cover = |pass: &mut Pass<'_>, parameters: &mut Parameters| match above {
+                    Some(above) => above.attention.weight_gradients(pass, scratch, &mut parameters.dense_gradients),
+                    None => Ok(()),
+                };
+                moe_layer.backward(&mut pass, moe, parameters, &mut stream, cover)?;
             }
             let Parameters { dense, dense_gradients, .. } = &mut *parameters;
             if let FeedForward::Dense(layer) = &mut layer.feed_forward {
@@ -316,6 +328,10 @@ impl Model {
             }
             stream.x = &residual[2 * number][..elements];
             layer.attention.backward(&mut pass, &mut self.attention, dense, dense_gradients, &mut stream)?;
+            waiting = deferring && number > 0 && config.is_moe(number - 1);
+            if !waiting {
+                layer.attention.weight_gradients(&mut pass, &self.attention, dense_gradients)?;
+            }
         }
 
         pass.work(WorkKind::Embedding, None, 0)?;

@@ -118,7 +118,12 @@ fn run_rank(mut comm: Comm, layout: ExpertLayout, rank: usize, first: usize, cou
 }
 
 fn rules(policy: Policy, chunks: usize) -> PolicyRules {
-    let settings = PolicySettings { bucket_bytes: 4000, partition_bytes: 1500, pipeline_chunks: chunks };
+    let settings = PolicySettings {
+        bucket_bytes: 4000,
+        partition_bytes: 1500,
+        pipeline_chunks: chunks,
+        ..PolicySettings::default()
+    };
     PolicyRules::new(policy, &settings)
 }
 

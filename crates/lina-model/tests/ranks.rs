@@ -44,7 +44,13 @@ fn step(
         delays: None,
         log_launches: false,
     });
-    let settings = PolicySettings { bucket_bytes: 9000, partition_bytes: 3000, pipeline_chunks: chunks };
+    let settings = PolicySettings {
+        bucket_bytes: 9000,
+        partition_bytes: 3000,
+        pipeline_chunks: chunks,
+        defer_attention_gradients: policy == Policy::LinaAuto,
+        ..PolicySettings::default()
+    };
     let outcomes: Vec<(f64, Gradients)> = std::thread::scope(|scope| {
         let threads: Vec<_> = cluster
             .comms(PolicyRules::new(policy, &settings))
@@ -135,9 +141,16 @@ fn policies_and_chunks_have_the_same_bits() {
     let config = config(ModelKind::Mixtral);
     for (ranks, per_rank) in [(3, None), (4, Some(3))] {
         let reference = step(&config, ranks, per_rank, Policy::Fair, 1);
-        for (policy, chunks) in
-            [(Policy::Priority, 1), (Policy::Fixed, 1), (Policy::Lina, 1), (Policy::Lina, 2), (Policy::Lina, 4)]
-        {
+        for (policy, chunks) in [
+            (Policy::Priority, 1),
+            (Policy::Fixed, 1),
+            (Policy::Partition, 1),
+            (Policy::Lina, 1),
+            (Policy::Lina, 2),
+            (Policy::Lina, 4),
+            (Policy::LinaAuto, 1),
+            (Policy::LinaAuto, 3),
+        ] {
             let other = step(&config, ranks, per_rank, policy, chunks);
             assert_eq!(other.0.to_bits(), reference.0.to_bits(), "{policy} with {chunks} chunks: another loss");
             assert!(other.1 == reference.1, "{policy} with {chunks} chunks: other gradients");

@@ -4,6 +4,8 @@
 //! first, the last gap after the last). All ranks hold the same [`GapPlan`] before a step, so all launch in one
 //! order; it is made from what earlier steps measured, summed over the ranks ([`GapTimings`]).
 
+use crate::cutter::MicroOp;
+use crate::median;
 use crate::operation::{GroupId, Nanos};
 use crate::policy::{GapRule, PolicyRules};
 
@@ -23,6 +25,8 @@ pub struct GapTimings {
     pub alone: Vec<f64>,
     /// The group of each allreduce micro-op.
     pub group: Vec<GroupId>,
+    /// The elements of each allreduce micro-op, of 4 bytes.
+    pub elements: Vec<usize>,
 }
 
 /// Weight of the newest step in the running mean.
@@ -34,6 +38,7 @@ impl GapTimings {
         let same = self.windows.len() == step.windows.len()
             && self.ready_gap == step.ready_gap
             && self.group == step.group
+            && self.elements == step.elements
             && self.between_pairs == step.between_pairs;
         if !same {
             *self = step.clone();
@@ -77,6 +82,21 @@ impl GapTimings {
                 .collect(),
             ..self.clone()
         }
+    }
+
+    /// The size of allreduce micro-op of which two fit into the median gap of the backward pass, at the rate that they
+    /// have been measured with; `None` before there is such a gap and such a rate.
+    pub fn suggested_partition_bytes(&self) -> Option<usize> {
+        let first = *self.ready_gap.first()? as usize;
+        let gaps = self.windows.iter().zip(&self.between_pairs).take(self.windows.len() - 1).skip(first);
+        let windows: Vec<f64> = gaps.filter(|&(&ns, &between)| between && ns > 0.0).map(|(&ns, _)| ns).collect();
+        let known = self.alone.iter().zip(&self.elements).filter(|&(&ns, _)| ns > 0.0);
+        let (ns, elements) = known.fold((0.0, 0), |(sum, count), (ns, elements)| (sum + ns, count + elements));
+        if windows.is_empty() || elements == 0 {
+            return None;
+        }
+        let bytes = (elements * size_of::<f32>()) as f64 / ns * median(windows.into_iter()) / 2.0;
+        Some((bytes as usize).next_multiple_of(4096))
     }
 }
 
@@ -147,7 +167,7 @@ pub(crate) struct GapMeasurement {
 
 impl GapMeasurement {
     pub(crate) fn begin(&mut self, now: Nanos) {
-        let GapTimings { windows, between_pairs, ready_gap, ready_offset, alone, group } = &mut self.timings;
+        let GapTimings { windows, between_pairs, ready_gap, ready_offset, alone, group, elements } = &mut self.timings;
         windows.clear();
         between_pairs.clear();
         between_pairs.push(true);
@@ -155,6 +175,7 @@ impl GapMeasurement {
         ready_offset.clear();
         alone.clear();
         group.clear();
+        elements.clear();
         self.open_since = now;
     }
 
@@ -173,11 +194,12 @@ impl GapMeasurement {
     }
 
     /// `outstanding` says whether all-to-alls are: then the gap is yet to open.
-    pub(crate) fn all_reduce_ready(&mut self, now: Nanos, group: GroupId, outstanding: bool) {
+    pub(crate) fn all_reduce_ready(&mut self, now: Nanos, op: MicroOp, outstanding: bool) {
         self.timings.ready_gap.push(self.gap() as u32);
         self.timings.ready_offset.push(if outstanding { 0.0 } else { (now - self.open_since) as f64 });
         self.timings.alone.push(0.0);
-        self.timings.group.push(group);
+        self.timings.group.push(op.group);
+        self.timings.elements.push(op.elements);
     }
 
     pub(crate) fn all_reduce_took(&mut self, index: u32, alone: Nanos) {
@@ -206,7 +228,24 @@ mod tests {
             ready_offset: vec![0.0, 0.0, 40.0, 90.0],
             alone: vec![30.0, 30.0, 30.0, 30.0],
             group: vec![GroupId::WORLD; 4],
+            elements: vec![1000; 4],
         }
+    }
+
+    #[test]
+    fn two_suggested_micro_ops_fit_the_backward_gaps() {
+        let mut timings = GapTimings {
+            windows: vec![900.0, 3000.0, 800.0, 2000.0, 0.0],
+            between_pairs: vec![true, true, false, true, true],
+            ready_gap: vec![1, 1, 2, 3],
+            alone: vec![30.0, 50.0, 0.0, 0.0],
+            ..timings()
+        };
+        // 8000 bytes in 80 ns; of the gaps from the first gradient on, 3000 and 2000 lie between pairs.
+        assert_eq!(timings.suggested_partition_bytes(), Some(125_000_usize.next_multiple_of(4096)));
+        timings.alone = vec![0.0; 4];
+        assert_eq!(timings.suggested_partition_bytes(), None);
+        assert_eq!(GapTimings::default().suggested_partition_bytes(), None);
     }
 
     fn plan(policy: Policy, timings: &GapTimings) -> Vec<u32> {

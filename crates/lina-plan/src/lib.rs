@@ -13,6 +13,7 @@
 //! | what distinguishes the policies? | [`PolicyRules`] |
 //! | which rank holds which expert? | [`ExpertLayout`] |
 //! | how many experts does a rank hold? | [`PackingController`] |
+//! | which sizes suit this job? | [`Tuner`] |
 //! | which tokens are in which pipeline chunk? | [`chunk_range`] |
 
 mod cutter;
@@ -23,12 +24,24 @@ mod packing;
 mod policy;
 mod sequencer;
 mod split;
+mod tuning;
 
 pub use cutter::{GradientCutter, MicroOp};
 pub use gaps::{GapPlan, GapTimings};
 pub use layout::{ExpertLayout, LayoutError};
 pub use operation::{AllToAllKind, Direction, GroupId, Leg, Nanos};
 pub use packing::{PACKING_VALUES, PackingController, PackingLadder, PackingSample};
-pub use policy::{AllReduceUnit, GapRule, MoeShape, Policy, PolicyRules, PolicySettings, Schedule, WeightGradients};
+pub use policy::{
+    AllReduceUnit, GapRule, MoeShape, Policy, PolicyRules, PolicySettings, Route, Schedule, WeightGradients,
+};
 pub use sequencer::{Launch, Sequencer};
 pub use split::{chunk_range, share_range};
+pub use tuning::{TUNING_STEPS, Tuner, TuningSample};
+
+/// The middle value, or the mean of the middle two.
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+}

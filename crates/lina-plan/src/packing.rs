@@ -13,6 +13,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::layout::{ExpertLayout, LayoutError};
+use crate::median;
 
 /// Steps before the first decision.
 const FIRST_DECISION_STEPS: u64 = 10;
@@ -103,6 +104,8 @@ pub struct PackingController {
     before_ns: Option<f64>,
     /// A change did not pay: no more of them.
     rests: bool,
+    /// Whether the last decision was to stay, so that nothing is on trial.
+    stays: bool,
 }
 
 impl PackingController {
@@ -114,6 +117,11 @@ impl PackingController {
     /// Whether a change did not pay and was undone, after which no other follows.
     pub fn rests(&self) -> bool {
         self.rests
+    }
+
+    /// Whether nothing is on trial and no change was due at the last decision. A later one may still come.
+    pub fn settled(&self) -> bool {
+        self.rests || self.stays
     }
 
     /// Whether the controller's rung is on `ladder`; one of another run's checkpoint may not be.
@@ -143,8 +151,10 @@ impl PackingController {
         let ffn_is_shorter = mean(|sample| sample.ffn_micro_op_ns) < mean(|sample| sample.all_to_all_micro_op_ns);
         if ffn_is_shorter && self.rung + 1 < ladder.layouts.len() {
             self.before_ns = Some(step_ns);
+            self.stays = false;
             return Some(self.change_to(self.rung + 1));
         }
+        self.stays = true;
         None
     }
 
@@ -153,14 +163,6 @@ impl PackingController {
         self.window.clear();
         rung
     }
-}
-
-/// The middle value, or the mean of the middle two.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut sorted: Vec<f64> = values.collect();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// A communication policy by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Policy {
@@ -13,13 +15,18 @@ pub enum Policy {
     Priority,
     /// Fused buckets; allreduces start only between pairs of all-to-alls.
     Fixed,
-    /// The paper's: partitioned micro-ops that fit between pairs of all-to-alls, and pipelined all-to-alls.
+    /// Half of the paper's: partitioned micro-ops that fit between pairs of all-to-alls.
+    Partition,
+    /// The paper's: `partition`, and pipelined all-to-alls.
     Lina,
+    /// Ours: `lina` with sizes that it finds by itself ([`Tuner`](crate::Tuner)).
+    LinaAuto,
 }
 
 impl Policy {
     /// Every policy, in the order in which tables show them.
-    pub const ALL: [Policy; 4] = [Policy::Fair, Policy::Priority, Policy::Fixed, Policy::Lina];
+    pub const ALL: [Policy; 6] =
+        [Policy::Fair, Policy::Priority, Policy::Fixed, Policy::Partition, Policy::Lina, Policy::LinaAuto];
 
     /// The name in configuration files and on the command line.
     pub fn name(self) -> &'static str {
@@ -27,7 +34,9 @@ impl Policy {
             Policy::Fair => "fair",
             Policy::Priority => "priority",
             Policy::Fixed => "fixed",
+            Policy::Partition => "partition",
             Policy::Lina => "lina",
+            Policy::LinaAuto => "lina-auto",
         }
     }
 }
@@ -42,10 +51,10 @@ impl FromStr for Policy {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        Policy::ALL
-            .into_iter()
-            .find(|policy| policy.name() == name)
-            .ok_or_else(|| format!("policy `{name}` is unknown, expected one of fair, priority, fixed, lina"))
+        Policy::ALL.into_iter().find(|policy| policy.name() == name).ok_or_else(|| {
+            let names = Policy::ALL.map(Policy::name).join(", ");
+            format!("policy `{name}` is unknown, expected one of {names}")
+        })
     }
 }
 
@@ -100,8 +109,9 @@ impl FromStr for Schedule {
     }
 }
 
-/// The sizes a user may set. Bytes are of gradients on one rank.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// What a user may set. Bytes are of gradients on one rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PolicySettings {
     /// Size at which fused gradients are reduced (`fair`, `fixed`); PyTorch DDP's default is 25 MB.
     pub bucket_bytes: usize,
@@ -109,11 +119,22 @@ pub struct PolicySettings {
     pub partition_bytes: usize,
     /// Chunks into which `lina` cuts each exchange of an MoE layer, at least 1.
     pub pipeline_chunks: usize,
+    /// Whether `lina` computes the weight gradients of an attention layer while the all-to-all of the next MoE layer's
+    /// combine is on the wire, instead of before it.
+    pub defer_attention_gradients: bool,
+    /// Whether `lina`'s all-to-alls go inside a node first, then between nodes; of no effect without nodes.
+    pub hierarchical_all_to_all: bool,
 }
 
 impl Default for PolicySettings {
     fn default() -> Self {
-        PolicySettings { bucket_bytes: 25 << 20, partition_bytes: 30 << 20, pipeline_chunks: 2 }
+        PolicySettings {
+            bucket_bytes: 25 << 20,
+            partition_bytes: 30 << 20,
+            pipeline_chunks: 2,
+            defer_attention_gradients: false,
+            hierarchical_all_to_all: false,
+        }
     }
 }
 
@@ -141,13 +162,23 @@ pub enum GapRule {
     FinishesBetweenPairs,
 }
 
-/// When an expert's weight gradients are computed, relative to the sending of its input gradients.
+/// When weight gradients are computed, relative to the next sending of input gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightGradients {
     /// First, as an autograd tape does.
     BeforeSend,
     /// After the last chunk is on its way: the product covers the all-to-all.
     AfterSend,
+}
+
+/// The way of an all-to-all's pieces between nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// From every rank to every rank.
+    Direct,
+    /// To the rank of the own node that has the receiver's place in its node, and from there to the receiver: between
+    /// nodes, fewer and larger messages.
+    ThroughNode,
 }
 
 /// What the body of an MoE layer is told about its exchanges.
@@ -157,6 +188,10 @@ pub struct MoeShape {
     pub chunks: usize,
     /// Where the experts' weight gradients stand.
     pub weight_gradients: WeightGradients,
+    /// Where the attention's weight gradients stand, relative to the combine of the MoE layer that is next in backward.
+    pub attention_gradients: WeightGradients,
+    /// The way of the pieces.
+    pub route: Route,
 }
 
 /// A policy spelled out.
@@ -173,22 +208,34 @@ pub struct PolicyRules {
 impl PolicyRules {
     /// The switches of `policy` under `settings`.
     pub fn new(policy: Policy, settings: &PolicySettings) -> Self {
-        let whole = MoeShape { chunks: 1, weight_gradients: WeightGradients::BeforeSend };
-        match policy {
-            Policy::Fair => {
-                PolicyRules { unit: AllReduceUnit::Bucket(settings.bucket_bytes), gap: GapRule::Eager, moe: whole }
+        let whole = MoeShape {
+            chunks: 1,
+            weight_gradients: WeightGradients::BeforeSend,
+            attention_gradients: WeightGradients::BeforeSend,
+            route: Route::Direct,
+        };
+        let bucket = AllReduceUnit::Bucket(settings.bucket_bytes);
+        let partition = AllReduceUnit::Partition(settings.partition_bytes);
+        let (unit, gap, moe) = match policy {
+            Policy::Fair => (bucket, GapRule::Eager, whole),
+            Policy::Priority => (AllReduceUnit::Tensor, GapRule::StartsInGap, whole),
+            Policy::Fixed => (bucket, GapRule::BetweenPairs, whole),
+            Policy::Partition => (partition, GapRule::FinishesBetweenPairs, whole),
+            Policy::Lina | Policy::LinaAuto => {
+                let deferred = settings.defer_attention_gradients;
+                let moe = MoeShape {
+                    chunks: settings.pipeline_chunks.max(1),
+                    weight_gradients: WeightGradients::AfterSend,
+                    attention_gradients: if deferred {
+                        WeightGradients::AfterSend
+                    } else {
+                        WeightGradients::BeforeSend
+                    },
+                    route: if settings.hierarchical_all_to_all { Route::ThroughNode } else { Route::Direct },
+                };
+                (partition, GapRule::FinishesBetweenPairs, moe)
             }
-            Policy::Priority => PolicyRules { unit: AllReduceUnit::Tensor, gap: GapRule::StartsInGap, moe: whole },
-            Policy::Fixed => PolicyRules {
-                unit: AllReduceUnit::Bucket(settings.bucket_bytes),
-                gap: GapRule::BetweenPairs,
-                moe: whole,
-            },
-            Policy::Lina => PolicyRules {
-                unit: AllReduceUnit::Partition(settings.partition_bytes),
-                gap: GapRule::FinishesBetweenPairs,
-                moe: MoeShape { chunks: settings.pipeline_chunks.max(1), weight_gradients: WeightGradients::AfterSend },
-            },
-        }
+        };
+        PolicyRules { unit, gap, moe }
     }
 }

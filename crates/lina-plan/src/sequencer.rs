@@ -137,7 +137,7 @@ impl Sequencer {
             let outstanding = self.all_to_alls_outstanding();
             let Sequencer { cutter, ready, measurement, .. } = self;
             cutter.push(group, elements, &mut |op| {
-                measurement.all_reduce_ready(now, op.group, outstanding);
+                measurement.all_reduce_ready(now, op, outstanding);
                 ready.push_back(op);
             });
             self.fill_gap(now);
@@ -149,7 +149,7 @@ impl Sequencer {
         let outstanding = self.all_to_alls_outstanding();
         let Sequencer { cutter, ready, measurement, .. } = self;
         cutter.flush(&mut |op| {
-            measurement.all_reduce_ready(now, op.group, outstanding);
+            measurement.all_reduce_ready(now, op, outstanding);
             ready.push_back(op);
         });
         self.flushed = true;

@@ -139,7 +139,8 @@ impl Rank {
 
 /// Compares the launches of `policy` in the third step with `expected`, line by line.
 fn check(policy: Policy, expected: &str) {
-    let settings = PolicySettings { bucket_bytes: 1200, partition_bytes: 600, pipeline_chunks: 2 };
+    let settings =
+        PolicySettings { bucket_bytes: 1200, partition_bytes: 600, pipeline_chunks: 2, ..PolicySettings::default() };
     let rules = PolicyRules::new(policy, &settings);
     let mut timings = GapTimings::default();
     let mut plan = GapPlan::default();

@@ -64,6 +64,7 @@ fn settings() -> impl Strategy<Value = PolicySettings> {
         bucket_bytes,
         partition_bytes,
         pipeline_chunks: 2,
+        ..PolicySettings::default()
     })
 }
 

@@ -6,6 +6,7 @@ use lina_report::{PolicyRow, policy_table};
 use serde::Serialize;
 
 use crate::TrainError;
+use crate::adaptation::Adaptation;
 use crate::config::{BenchConfig, Engine, RunConfig};
 use crate::data::load_data;
 use crate::gather::gather_samples;
@@ -113,7 +114,8 @@ impl BenchPlan {
     }
 
     /// Runs the turns on one rank, as steps `first_step`, ...; a turn's first steps let the policy learn its plan. In the
-    /// first turn with packing more steps before them let the controller decide; later ones begin with what it came to.
+    /// first turn of a policy that packs or tunes itself, more steps before them let it decide; later ones begin with
+    /// what it came to.
     /// `None` if `stop` asked for an end.
     pub(crate) fn run(
         &self,
@@ -129,25 +131,30 @@ impl BenchPlan {
         let turns = self.rounds * self.policies.len();
         let start = |comm: &mut Comm| self.packing.as_ref().map(|plan| plan.start(comm, first_step)).transpose();
         let ladder = start(comm)?;
-        let mut packings = vec![None; self.policies.len()];
+        let adaptation = |schedule: &Schedule| {
+            Adaptation::new(config, schedule.policy, ladder.clone().filter(|_| schedule.packing), None)
+        };
+        let mut adaptations: Vec<Adaptation> = self.policies.iter().map(adaptation).collect();
         for turn in 0..turns {
             let policy = turn % self.policies.len();
-            comm.set_rules(config.policy_rules(self.policies[policy].policy));
-            let undecided = ladder.clone().filter(|_| self.policies[policy].packing && packings[policy].is_none());
-            if let Some(mut packing) = undecided {
-                worker.repack(comm, packing.layout(), step)?;
-                for _ in 0..packing.longest_climb_steps() {
+            let adaptation = &mut adaptations[policy];
+            let layout = adaptation.packing().map_or(&self.layout, Packing::layout).clone();
+            comm.set_rules(adaptation.rules());
+            worker.repack(comm, &layout, step)?;
+            if turn == policy {
+                for _ in 0..adaptation.longest_search_steps() {
+                    if adaptation.settled() {
+                        break;
+                    }
                     let outcome = worker.step(comm, step, stop())?;
                     if outcome.stop {
                         return Ok(None);
                     }
                     step += 1;
-                    packing.after_step(worker, comm, outcome.packing, step)?;
+                    adaptation.after_step(worker, comm, &outcome, step)?;
                 }
-                packings[policy] = Some(packing);
             }
-            let layout = packings[policy].as_ref().map_or(&self.layout, Packing::layout);
-            worker.repack(comm, layout, step)?;
+            let layout = worker.model.expert_layout().clone();
             for i in 0..self.warmup_steps + self.steps {
                 let outcome = worker.step(comm, step, stop())?;
                 if outcome.stop {

@@ -21,6 +21,7 @@ use lina_model::{Checkpoint, FolderWriter, ModelConfig, Parameter, Place};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::adaptation::TuningState;
 use crate::config::RunConfig;
 use crate::packing::PackingState;
 use crate::worker::Worker;
@@ -41,6 +42,9 @@ pub(crate) struct TrainerState {
     /// What expert packing has come to, in a run that packs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) packing: Option<PackingState>,
+    /// What the search of `lina-auto` has come to, in a run that tunes itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tuning: Option<TuningState>,
 }
 
 impl TrainerState {
@@ -52,6 +56,7 @@ impl TrainerState {
             sequence_tokens: config.train.sequence_tokens,
             train_sequences,
             packing: None,
+            tuning: None,
         }
     }
 

@@ -6,8 +6,8 @@ pub fn launched_ranks() -> Option<usize> {
     number(&["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
 }
 
-/// This process's rank among them.
-pub(crate) fn launched_rank() -> Option<usize> {
+/// This process's rank among them; `None` outside a launcher.
+pub fn launched_rank() -> Option<usize> {
     number(&["OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"])
 }
 

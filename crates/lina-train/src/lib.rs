@@ -11,6 +11,7 @@
 //! | how does a step compare with its matrix products? | [`bench_compute`] (`compute`) |
 //! | does it fit? | [`MemoryPlan`] (`memory`) |
 
+mod adaptation;
 #[cfg(test)]
 mod alone;
 mod bench;
@@ -44,7 +45,7 @@ pub use config::{
 };
 pub use error::TrainError;
 pub use eval::{EvalOptions, EvalSummary, eval};
-pub use launcher::launched_ranks;
+pub use launcher::{launched_rank, launched_ranks};
 #[cfg(feature = "mpi")]
 pub use lina_comm::CommError;
 pub use memory::MemoryPlan;

@@ -1,6 +1,7 @@
 //! What rank 0 writes down and shows while a run goes on.
 
 use lina_model::Model;
+use lina_plan::PolicySettings;
 use lina_report::{LayerLoad, MetricsWriter, Progress, StepProgress, StepTime};
 use serde::Serialize;
 
@@ -35,6 +36,9 @@ struct MetricsLine {
     experts_per_rank: usize,
     ffn_micro_op_ms: f64,
     a2a_micro_op_ms: f64,
+    /// Sizes in force, which `lina-auto` changes.
+    partition_bytes: usize,
+    pipeline_chunks: usize,
     emulated: bool,
 }
 
@@ -98,7 +102,14 @@ impl Observer {
         }
     }
 
-    pub(crate) fn step(&mut self, step: u64, outcome: &StepOutcome, model: &Model) -> Result<(), TrainError> {
+    /// A step has been trained, under `settings`.
+    pub(crate) fn step(
+        &mut self,
+        step: u64,
+        outcome: &StepOutcome,
+        settings: &PolicySettings,
+        model: &Model,
+    ) -> Result<(), TrainError> {
         let ms = |nanos: u64| nanos as f64 / 1e6;
         let stats = &outcome.stats;
         let step_ms = ms(stats.step);
@@ -137,6 +148,8 @@ impl Observer {
                 experts_per_rank: model.expert_layout().most_per_rank(),
                 ffn_micro_op_ms: outcome.packing.ffn_micro_op_ns / 1e6,
                 a2a_micro_op_ms: outcome.packing.all_to_all_micro_op_ns / 1e6,
+                partition_bytes: settings.partition_bytes,
+                pipeline_chunks: settings.pipeline_chunks,
                 emulated: self.emulated,
             })?;
         }

@@ -91,6 +91,11 @@ impl Packing {
         &self.ladder.layouts()[self.controller.rung()]
     }
 
+    /// Whether nothing is on trial.
+    pub(crate) fn settled(&self) -> bool {
+        self.controller.settled()
+    }
+
     /// Steps after which the controller has surely come to rest or to the top of its ladder, if nothing changes.
     pub(crate) fn longest_climb_steps(&self) -> u64 {
         self.ladder.longest_climb_steps()

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use lina_comm::{Comm, Span};
-use lina_plan::ExpertLayout;
+use lina_plan::{ExpertLayout, PolicySettings};
 use serde::Serialize;
 
 use crate::TrainError;
+use crate::adaptation::Adaptation;
 use crate::bench::{BenchPlan, BenchSummary, Sample, prepared_worker, samples_of_ranks};
 use crate::checkpoint::{self, TrainerState};
 use crate::config::{Engine, RunConfig};
@@ -58,6 +59,8 @@ pub struct TrainSummary {
     pub memory: MemoryPlan,
     /// Experts of an MoE layer on each rank at the end.
     pub experts_per_rank: usize,
+    /// Sizes of the policy at the end.
+    pub settings: PolicySettings,
     /// The run directory.
     pub out: Option<PathBuf>,
     /// The last checkpoint.
@@ -76,6 +79,7 @@ struct RankOutcome {
     samples: Vec<Vec<Sample>>,
     /// At the end of the training.
     layout: ExpertLayout,
+    settings: PolicySettings,
     record: Option<RunRecord>,
     steps: u64,
     checkpoint: Option<PathBuf>,
@@ -134,9 +138,12 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
             observer = Some(started);
         }
         let packing = packing.as_ref().map(|plan| plan.start(comm, first_step)).transpose()?;
+        let resumed = resume.as_ref().and_then(|(_, state)| state.tuning.as_ref());
+        let adaptation = Adaptation::new(&config, config.policy.name, packing, resumed);
+        comm.set_rules(adaptation.rules());
         let bench = bench.as_ref();
         let run = Run { config: &config, loaded: &loaded, out: out.as_deref(), stop, first_step, bench };
-        run.rank(&mut worker, comm, observer, packing)
+        run.rank(&mut worker, comm, observer, adaptation)
     };
     let rules = config.policy_rules(config.policy.name);
     let identity = format!("{}done = {first_step}", config.to_toml().map_err(TrainError::input)?);
@@ -148,7 +155,7 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
         .filter(|_| samples.iter().any(|of_rank| !of_rank.is_empty()))
         .map(|plan| plan.summarise(&config, &samples, &bounds));
     let spans: Vec<Span> = ranks.iter_mut().flat_map(|rank| std::mem::take(&mut rank.spans)).collect();
-    let RankOutcome { record, steps, checkpoint, interrupted, layout, .. } = ranks.swap_remove(0);
+    let RankOutcome { record, steps, checkpoint, interrupted, layout, settings, .. } = ranks.swap_remove(0);
     let record = record.unwrap_or_default();
     if let Some(out) = out.as_ref().filter(|_| config.cluster.leads()) {
         write_outputs(out, &config, &experts, &record, &spans, bench.as_ref())?;
@@ -167,6 +174,7 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
         peak_rss_bytes: peak_rss_bytes(),
         memory: if layout == experts { memory } else { MemoryPlan::new(&config, &layout, loaded.bytes) },
         experts_per_rank: layout.most_per_rank(),
+        settings,
         out,
         checkpoint,
         emulated: config.is_emulated(),
@@ -196,7 +204,7 @@ impl Run<'_> {
         worker: &mut Worker<'_>,
         comm: &mut Comm,
         mut observer: Option<Observer>,
-        mut packing: Option<Packing>,
+        mut adaptation: Adaptation,
     ) -> Result<RankOutcome, TrainError> {
         let train = &self.config.train;
         let mut checkpoint = None;
@@ -212,7 +220,7 @@ impl Run<'_> {
             let outcome = worker.step(comm, done, self.stop.requested())?;
             done += 1;
             if let Some(observer) = &mut observer {
-                observer.step(done - 1, &outcome, &worker.model)?;
+                observer.step(done - 1, &outcome, adaptation.settings(), &worker.model)?;
             }
             interrupted = outcome.stop && done < train.steps;
             let last = done == train.steps || interrupted;
@@ -220,8 +228,7 @@ impl Run<'_> {
                 // Evaluation and checkpoint are no part of the steps that the trace shows.
                 spans = comm.record(false);
             }
-            if let Some(packing) = &mut packing
-                && let Some(change) = packing.after_step(worker, comm, outcome.packing, done)?
+            if let Some(change) = adaptation.after_step(worker, comm, &outcome, done)?
                 && let Some(observer) = &observer
             {
                 observer.note(&change);
@@ -230,7 +237,7 @@ impl Run<'_> {
                 self.evaluate(worker, comm, done, &mut observer)?;
             }
             if last || (train.checkpoint_every > 0 && done.is_multiple_of(train.checkpoint_every)) {
-                checkpoint = self.save(worker, comm, packing.as_ref(), done)?.or(checkpoint);
+                checkpoint = self.save(worker, comm, &adaptation, done)?.or(checkpoint);
             }
         }
         let record = observer.map(Observer::finish);
@@ -244,7 +251,8 @@ impl Run<'_> {
         if self.config.cluster.engine == Engine::Mpi {
             spans = gather_spans(comm, spans)?;
         }
-        Ok(RankOutcome { spans, samples, layout, record, steps: done, checkpoint, interrupted })
+        let settings = *adaptation.settings();
+        Ok(RankOutcome { spans, samples, layout, settings, record, steps: done, checkpoint, interrupted })
     }
 
     fn evaluate(
@@ -265,13 +273,15 @@ impl Run<'_> {
         &self,
         worker: &Worker<'_>,
         comm: &mut Comm,
-        packing: Option<&Packing>,
+        adaptation: &Adaptation,
         step: u64,
     ) -> Result<Option<PathBuf>, TrainError> {
         let Some(out) = self.out else { return Ok(None) };
-        let packing = packing.map(Packing::state);
-        let state =
-            TrainerState { packing, ..TrainerState::new(self.config, self.loaded.data.train.sequences(), step) };
+        let state = TrainerState {
+            packing: adaptation.packing().map(Packing::state),
+            tuning: adaptation.tuning_state(comm.ranks()),
+            ..TrainerState::new(self.config, self.loaded.data.train.sequences(), step)
+        };
         let tokenizer = self.loaded.tokenizer_file.as_deref();
         checkpoint::save(worker, comm, out, &state, tokenizer).map(Some)
     }

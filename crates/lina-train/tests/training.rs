@@ -100,7 +100,10 @@ fn policies_partitions_and_depths_agree_bit_for_bit() {
     for change in [
         &["policy.name=priority"][..],
         &["policy.name=fixed"],
+        &["policy.name=partition"],
+        &["policy.name=lina-auto"],
         &["policy.name=lina", "policy.pipeline_chunks=1"],
+        &["policy.name=lina", "policy.defer_attention_gradients=true"],
         &["policy.name=lina", "policy.pipeline_chunks=2", "policy.partition_bytes=1000"],
         &["policy.name=lina", "policy.pipeline_chunks=4", "policy.partition_bytes=20000"],
         &["policy.name=lina", "policy.pipeline_chunks=3", "policy.partition_bytes=100000"],
@@ -173,6 +176,39 @@ fn a_resumed_run_equals_the_uninterrupted_one() {
         let difference = largest_difference(&other.losses(), &whole.losses()[8..]);
         assert!(difference < 1e-3, "{change:?}: losses differ by {difference}");
     }
+}
+
+/// `lina-auto` changes its sizes on all ranks at once (or the job would not go on), comes to rest, and a run that stops in
+/// the middle of its search finds what the uninterrupted one finds.
+#[test]
+fn a_search_settles_and_resumes() {
+    let auto = [
+        "policy.name=lina-auto",
+        "policy.partition_bytes=2000",
+        "policy.pipeline_chunks=4",
+        "train.steps=48",
+        "train.eval_every=0",
+    ];
+    let whole = run(&[&auto[..], &["train.checkpoint_every=10"]].concat());
+    let sizes = |run: &Run| -> Vec<(u64, u64)> {
+        let size = |line: &serde_json::Value, key: &str| line[key].as_u64().unwrap();
+        run.metrics().iter().map(|line| (size(line, "partition_bytes"), size(line, "pipeline_chunks"))).collect()
+    };
+    let tried = sizes(&whole);
+    assert_eq!(tried[..4], [(2000, 4); 4]);
+    assert!(tried.iter().any(|&(_, chunks)| chunks != 4) && tried.iter().any(|&(bytes, _)| bytes != 2000));
+    assert!(tried[40..].iter().all(|sizes| *sizes == tried[40]), "{tried:?}");
+    let settings = whole.summary.as_ref().unwrap().settings;
+    assert_eq!((settings.partition_bytes as u64, settings.pipeline_chunks as u64), tried[47]);
+    let fixed = run(&[&auto[..], &["policy.name=lina"]].concat());
+    let last_ms = |run: &Run| run.metrics()[47]["step_ms"].as_f64().unwrap();
+    assert!(last_ms(&whole) < 0.95 * last_ms(&fixed), "{} ms, {} without a search", last_ms(&whole), last_ms(&fixed));
+
+    let rest = run_from(&auto, Some(whole.out().join("checkpoint-10")));
+    assert_eq!(sizes(&rest), tried[10..]);
+    assert!(rest.weights(48) == whole.weights(48));
+    let state = |run: &Run| std::fs::read_to_string(run.out().join("checkpoint-48/trainer_state.json")).unwrap();
+    assert_eq!(state(&rest), state(&whole));
 }
 
 #[test]

@@ -12,22 +12,24 @@ use crate::pass::{BackwardStream, Pass, grow, product_flops};
 
 impl Moe {
     /// Takes the stream's gradient back through the layer; finishes and hands over the gradients of its experts, gate
-    /// and norm.
+    /// and norm. `cover` is other work that has to be done, and is done while the combine is on the wire.
     pub fn backward(
         &mut self,
         pass: &mut Pass<'_>,
         shared: &mut MoeShared,
         parameters: &mut Parameters,
         stream: &mut BackwardStream<'_>,
+        cover: impl FnOnce(&mut Pass<'_>, &mut Parameters) -> Result<(), CommError>,
     ) -> Result<(), CommError> {
         let (rows, shape) = (self.plan.rows(), shared.shape);
         grow(&mut shared.grad_outputs, rows * shape.hidden);
         grow(&mut shared.ffn.grad_hidden, rows * shape.inner);
         grow(&mut shared.ffn.grad_projected, rows * shape.input_width);
         if pass.comm.ranks() == 1 {
+            cover(pass, parameters)?;
             self.backward_here(pass, shared, parameters, stream)?;
         } else {
-            self.backward_exchanged(pass, shared, parameters, stream)?;
+            self.backward_exchanged(pass, shared, parameters, stream, cover)?;
         }
         pass.work(WorkKind::Router, Some(self.layer), 0)?;
         let places = &pass.layout.layers[self.layer].feed_forward;
@@ -81,6 +83,7 @@ impl Moe {
         shared: &mut MoeShared,
         parameters: &mut Parameters,
         stream: &mut BackwardStream<'_>,
+        cover: impl FnOnce(&mut Pass<'_>, &mut Parameters) -> Result<(), CommError>,
     ) -> Result<(), CommError> {
         let (width, top_k) = (pass.config.hidden, pass.config.top_k);
         let order = pass.comm.moe_shape().weight_gradients;
@@ -108,6 +111,7 @@ impl Moe {
 
         // Needs nothing of what is on the wire.
         self.route_backward(pass, shared, parameters, stream.grad_normed)?;
+        cover(pass, parameters)?;
 
         let mut dispatches = Vec::with_capacity(steps.chunks);
         for (number, ticket) in combines.into_iter().enumerate() {

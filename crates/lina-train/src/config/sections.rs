@@ -114,6 +114,10 @@ pub struct ClusterConfig {
     pub threads: usize,
     /// Experts of an MoE layer on each rank; by default an even share, each on one rank.
     pub experts_per_rank: Option<usize>,
+    /// Number of nodes, which ranks fill in order, evenly; by default every rank is one. On an emulated cluster
+    /// `cluster.link.nodes` says it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nodes: Option<usize>,
     /// How long a rank may be silent before the job ends, in seconds of the wall clock.
     pub timeout_s: f64,
     /// Memory that the job may take, in GiB; by default what the machine has.
@@ -131,6 +135,7 @@ impl Default for ClusterConfig {
             engine: Engine::Local,
             threads: 0,
             experts_per_rank: None,
+            nodes: None,
             timeout_s: 30.0,
             memory_limit_gib: None,
             link: None,
@@ -168,6 +173,18 @@ impl ClusterConfig {
     /// Whether times are virtual.
     pub fn is_emulated(&self) -> bool {
         self.link.is_some() && self.device.is_some()
+    }
+
+    /// Number of nodes.
+    pub fn node_count(&self) -> usize {
+        self.link.and_then(|link| link.nodes).or(self.nodes).unwrap_or(self.ranks)
+    }
+
+    /// Whether there are several nodes, with several ranks each and equally many: all-to-alls may go inside a node
+    /// first then.
+    pub fn has_nodes(&self) -> bool {
+        let nodes = self.node_count();
+        nodes > 1 && nodes < self.ranks && self.ranks.is_multiple_of(nodes)
     }
 
     /// `memory_limit_gib` in bytes.
@@ -226,6 +243,10 @@ pub struct PolicyConfig {
     pub partition_bytes: usize,
     /// As in [`PolicySettings`].
     pub pipeline_chunks: usize,
+    /// As in [`PolicySettings`].
+    pub defer_attention_gradients: bool,
+    /// As in [`PolicySettings`].
+    pub hierarchical_all_to_all: bool,
     /// Whether the experts of a rank are decided as the run goes on, from `cluster.experts_per_rank` upwards.
     pub packing: bool,
     /// Most experts of an MoE layer that packing puts on a rank; by default all of them.
@@ -235,12 +256,20 @@ pub struct PolicyConfig {
 
 impl Default for PolicyConfig {
     fn default() -> Self {
-        let PolicySettings { bucket_bytes, partition_bytes, pipeline_chunks } = PolicySettings::default();
+        let PolicySettings {
+            bucket_bytes,
+            partition_bytes,
+            pipeline_chunks,
+            defer_attention_gradients,
+            hierarchical_all_to_all,
+        } = PolicySettings::default();
         PolicyConfig {
             name: Policy::Lina,
             bucket_bytes,
             partition_bytes,
             pipeline_chunks,
+            defer_attention_gradients,
+            hierarchical_all_to_all,
             packing: false,
             max_experts_per_rank: None,
         }
@@ -254,6 +283,8 @@ impl PolicyConfig {
             bucket_bytes: self.bucket_bytes,
             partition_bytes: self.partition_bytes,
             pipeline_chunks: self.pipeline_chunks,
+            defer_attention_gradients: self.defer_attention_gradients,
+            hierarchical_all_to_all: self.hierarchical_all_to_all,
         }
     }
 }
@@ -279,7 +310,7 @@ pub struct BenchConfig {
 impl Default for BenchConfig {
     fn default() -> Self {
         BenchConfig {
-            policies: Policy::ALL.map(Schedule::from).to_vec(),
+            policies: [Policy::Fair, Policy::Priority, Policy::Fixed, Policy::Lina].map(Schedule::from).to_vec(),
             settle_steps: 0,
             steps: 6,
             warmup_steps: 3,

@@ -43,7 +43,8 @@ fn defaults_fill_what_is_not_written() {
     assert_eq!(config.data.files, ["a.txt"]);
     assert_eq!((config.tokenizer_file.as_ref(), config.bench.as_ref()), (None, None));
     assert!(!config.is_emulated() && config.cluster.emulation().unwrap().is_none());
-    assert_eq!(config.bench_or_default().policies, Policy::ALL.map(Schedule::from));
+    let policies = [Policy::Fair, Policy::Priority, Policy::Fixed, Policy::Lina];
+    assert_eq!(config.bench_or_default().policies, policies.map(Schedule::from));
     assert!(!config.policy.packing);
     assert_eq!(config.model.experts, 4);
 }
@@ -129,7 +130,8 @@ fn a_file_is_refused_with_its_line() {
     );
     check_file(
         "[policy]\nzzz = 1",
-        "run.toml line 13: unknown key `policy.zzz`, expected one of name, bucket_bytes, partition_bytes, pipeline_chunks, packing, \
+        "run.toml line 13: unknown key `policy.zzz`, expected one of name, bucket_bytes, partition_bytes, pipeline_chunks, \
+         defer_attention_gradients, hierarchical_all_to_all, packing, \
          max_experts_per_rank",
     );
     check_file(
@@ -152,13 +154,14 @@ fn a_file_is_refused_with_its_line() {
     check_file("eval_files = [\n\"x\",\n1]", "run.toml line 14: `data.eval_files[1]` is 1, expected a string");
     check_file(
         "[policy]\nname = \"linna\"",
-        "run.toml line 13: `policy.name` is \"linna\", expected one of fair, priority, fixed, lina",
+        "run.toml line 13: `policy.name` is \"linna\", expected one of fair, priority, fixed, partition, lina, \
+         lina-auto",
     );
     check_file("[policy]\nname = 1", "run.toml line 13: `policy.name` is 1, expected a string");
     check_file(
         "[bench]\npolicies = [\"fair\", \"nope\"]",
-        "run.toml line 13: `bench.policies[1]` is \"nope\", expected one of fair, priority, fixed, lina, fair+packing, \
-         priority+packing, fixed+packing, lina+packing",
+        "run.toml line 13: `bench.policies[1]` is \"nope\", expected one of fair, priority, fixed, partition, lina, \
+         lina-auto, fair+packing, priority+packing, fixed+packing, partition+packing, lina+packing, lina-auto+packing",
     );
     check_file("[bench]\npolicies = []", "run.toml line 13: `bench.policies` is empty, expected at least one policy");
     check_file(
@@ -245,7 +248,11 @@ fn impossible_values_are_refused() {
 fn assignments_are_refused_as_files_are() {
     check_set("train.stepz=1", "unknown key `train.stepz`, did you mean `steps`?");
     check_set("train.steps=ten", "`train.steps` is \"ten\", expected a whole number of at least 0");
-    check_set("policy.name=linna", "`policy.name` is \"linna\", expected one of fair, priority, fixed, lina");
+    check_set(
+        "policy.name=linna",
+        "`policy.name` is \"linna\", expected one of fair, priority, fixed, partition, lina, \
+         lina-auto",
+    );
     check_set("cluster.engine=nccl", "this build has no engine `nccl`, it has `local`; `lina doctor` says more");
     check_set("train.steps.x=1", "`train.steps` is a table, expected a whole number of at least 0");
     check_set("train.steps", "expected a key and a value, such as train.steps=10");

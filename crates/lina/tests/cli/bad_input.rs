@@ -25,7 +25,8 @@ fn assignments_that_make_no_sense() {
         ),
         ("train.steps=ten", "`train.steps` is \"ten\", expected a whole number of at least 0"),
         ("train.steps", "expected a key and a value, such as train.steps=10"),
-        ("policy.name=linna", "`policy.name` is \"linna\", expected one of fair, priority, fixed, lina"),
+        ("policy.name=linna", "`policy.name` is \"linna\", expected one of fair, priority, fixed, partition, lina, \
+         lina-auto"),
     ] {
         let sentence = format!("--set {assignment}: {sentence}");
         check(&["train", "run.toml", "--set", assignment], 2, &sentence);
@@ -44,7 +45,8 @@ fn short_options_are_checked_as_keys_are() {
     check(
         &["train", "run.toml", "--policy", "linna"],
         2,
-        "--policy linna: `policy.name` is \"linna\", expected one of fair, priority, fixed, lina",
+        "--policy linna: `policy.name` is \"linna\", expected one of fair, priority, fixed, partition, lina, \
+         lina-auto",
     );
     check(
         &["train", "run.toml", "--engine", "mpi"],
@@ -67,10 +69,10 @@ fn short_options_are_checked_as_keys_are() {
         "--steps 0: `train.steps` is 0, expected a number from 1 to 1099511627776",
     );
     check(
-        &["bench", "train", "run.toml", "--policies", "fair,lina-auto"],
+        &["bench", "train", "run.toml", "--policies", "fair,linna"],
         2,
-        "--policies fair,lina-auto: `bench.policies[1]` is \"lina-auto\", expected one of fair, priority, fixed, lina, \
-         fair+packing, priority+packing, fixed+packing, lina+packing",
+        "--policies fair,linna: `bench.policies[1]` is \"linna\", expected one of fair, priority, fixed, partition, lina, \
+         lina-auto, fair+packing, priority+packing, fixed+packing, partition+packing, lina+packing, lina-auto+packing",
     );
 }
 
