@@ -25,7 +25,7 @@ const MESSAGE: usize = 20_000;
 const STEPS: u64 = 6;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let link = Link { gbps: 10.0, latency_us: 10.0, launch_us: 5.0, nodes: RANKS, inner_gbps: 10.0 };
+    let link = Link { gbps: 10.0, latency_us: 10.0, launch_us: 5.0, message_us: 0.0, nodes: RANKS, inner_gbps: 10.0 };
     let settings = PolicySettings {
         bucket_bytes: 1 << 20,
         partition_bytes: 50_000,

@@ -4,15 +4,15 @@
 //! Recorded on the emulated cluster, replayed without contention. What a schedule loses against this it loses to
 //! sharing the wire, to overheads, or to gradients left over at the end.
 
-use lina_net::Topology;
-use lina_plan::Nanos;
+use lina_net::{Load, Topology};
+use lina_plan::{Nanos, Route};
 
 /// What one rank did in a step, as far as time depends on it.
 #[derive(Clone, Debug)]
 pub(crate) enum ProgramOp {
     Compute(Nanos),
-    /// Submits the next all-to-all, sending these bytes to each rank.
-    Submit(Vec<u64>),
+    /// Submits the next all-to-all, sending these bytes to each rank on this way.
+    Submit(Vec<u64>, Route),
     /// Waits for the step's all-to-all of this number.
     Wait(u32),
     /// Waits for all gradients; the last one has these bytes to reduce.
@@ -36,6 +36,7 @@ pub struct StepBound {
 /// The makespan of `programs`, one a rank.
 pub(crate) fn makespan(topology: &Topology, programs: &[Vec<ProgramOp>]) -> f64 {
     let ranks = programs.len();
+    let alone = |stages: &[Vec<Load>]| stages.iter().map(|loads| topology.alone(loads)).sum::<Nanos>() as f64;
     let mut clock = vec![0.0f64; ranks];
     let mut next = vec![0usize; ranks];
     // For each all-to-all: when each rank submitted it, and its matrix.
@@ -51,7 +52,7 @@ pub(crate) fn makespan(topology: &Topology, programs: &[Vec<ProgramOp>]) -> f64 
             while let Some(op) = programs[rank].get(next[rank]) {
                 match op {
                     ProgramOp::Compute(duration) => clock[rank] += *duration as f64,
-                    ProgramOp::Submit(bytes_to) => {
+                    ProgramOp::Submit(bytes_to, route) => {
                         let index = submissions[rank];
                         if submitted.len() == index {
                             submitted.push((Vec::new(), vec![0; ranks * ranks]));
@@ -63,7 +64,7 @@ pub(crate) fn makespan(topology: &Topology, programs: &[Vec<ProgramOp>]) -> f64 
                         if times.len() == ranks {
                             let ready = times.iter().copied().fold(0.0, f64::max);
                             let free = done.last().copied().unwrap_or(0.0);
-                            done.push(f64::max(ready, free) + topology.alone(&topology.all_to_all(matrix)) as f64);
+                            done.push(f64::max(ready, free) + alone(&topology.all_to_all(matrix, *route)));
                         }
                     }
                     ProgramOp::Wait(index) => match done.get(*index as usize) {
@@ -103,15 +104,15 @@ mod tests {
 
     #[test]
     fn compute_and_exchanges_overlap_where_the_program_lets_them() {
-        let link = Link { gbps: 8.0, latency_us: 9.0, launch_us: 9.0, nodes: 2, inner_gbps: 8.0 };
+        let link = Link { gbps: 8.0, latency_us: 9.0, launch_us: 9.0, message_us: 0.0, nodes: 2, inner_gbps: 8.0 };
         let topology = Topology::new(link, 2).unwrap();
         let program = |to: usize| {
             let mut bytes = vec![0; 2];
             bytes[to] = 1000;
             vec![
                 ProgramOp::Compute(100),
-                ProgramOp::Submit(bytes.clone()),
-                ProgramOp::Submit(bytes),
+                ProgramOp::Submit(bytes.clone(), Route::Direct),
+                ProgramOp::Submit(bytes, Route::Direct),
                 ProgramOp::Wait(0),
                 ProgramOp::Compute(300),
                 ProgramOp::Wait(1),

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use lina_plan::{GapPlan, GapTimings, GroupId, MoeShape, Nanos, PolicyRules};
+use lina_plan::{GapPlan, GapTimings, GroupId, LinkUse, MoeShape, Nanos, PolicyRules};
 
 use crate::{CommError, Exchange, SharedBuffer, Span, Work, buffer::Region, solo::Solo, stats::StepStats};
 
@@ -85,7 +85,7 @@ pub struct Comm {
     reduces: bool,
     timings: GapTimings,
     /// From the timings that all ranks agreed on last.
-    suggested_partition_bytes: Option<usize>,
+    link_use: Option<LinkUse>,
 }
 
 impl Comm {
@@ -107,7 +107,7 @@ impl Comm {
             unclaimed: 0,
             reduces: true,
             timings: GapTimings::default(),
-            suggested_partition_bytes: None,
+            link_use: None,
         }
     }
 
@@ -258,14 +258,13 @@ impl Comm {
         values.copy_from_slice(&sum[..values.len()]);
         let agreed = self.timings.decode_sum(&sum[values.len()..], &self.groups);
         self.next_plan = GapPlan::new(&self.rules, &agreed, &self.groups);
-        self.suggested_partition_bytes = agreed.suggested_partition_bytes();
+        self.link_use = agreed.link_use();
         Ok(())
     }
 
-    /// The size of allreduce micro-op that the last step's agreed timings suggest; the same on all ranks. `None` before
-    /// they say enough.
-    pub fn suggested_partition_bytes(&self) -> Option<usize> {
-        self.suggested_partition_bytes
+    /// What the last step's agreed timings say of the link; the same on all ranks. `None` before they say enough.
+    pub fn link_use(&self) -> Option<LinkUse> {
+        self.link_use
     }
 
     /// Sums `values` over all ranks outside of a step (evaluation, checkpoints).

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use lina_plan::{GroupId, Launch, Nanos, Sequencer};
+use lina_plan::{GroupId, Launch, Nanos, Route, Sequencer};
 
 use crate::Exchange;
 use crate::buffer::Region;
@@ -13,7 +13,7 @@ use crate::wire::Channel;
 /// An operation that the engine is to start now. Operations of one class complete in the order of their launch.
 #[derive(Debug)]
 pub(crate) enum Operation {
-    AllToAll { index: u32, exchange: Exchange },
+    AllToAll { index: u32, exchange: Exchange, route: Route },
     AllReduce(Reduction),
     Control(Vec<f64>),
 }
@@ -154,7 +154,7 @@ impl Driver {
         Some(match launch {
             Launch::AllToAll { index } => {
                 let exchange = self.exchanges.pop_front().expect("launched once for each submission");
-                Operation::AllToAll { index, exchange }
+                Operation::AllToAll { index, exchange, route: self.sequencer.route() }
             }
             Launch::AllReduce { index, op } => {
                 let pieces = self.take_pieces(op.group, op.elements);

@@ -15,7 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use lina_net::Topology;
-use lina_plan::{GapTimings, GroupId, Launch, Nanos, PolicyRules};
+use lina_plan::{GapTimings, GroupId, Launch, Nanos, PolicyRules, Route};
 
 use crate::bound::{ProgramOp, StepBound, makespan};
 use crate::comm::{Port, Submission};
@@ -154,6 +154,8 @@ struct RankState {
     exchanges: VecDeque<(Nanos, u32, Exchange)>,
     control: Option<(Nanos, Vec<f64>)>,
     step: u64,
+    /// The way of the step's all-to-alls.
+    route: Route,
     step_start: Nanos,
     /// When the last gradient was done.
     gradients_done: Option<Nanos>,
@@ -182,6 +184,7 @@ impl RankState {
             exchanges: VecDeque::new(),
             control: None,
             step: 0,
+            route: Route::Direct,
             step_start: 0,
             gradients_done: None,
             program: Vec::new(),
@@ -335,10 +338,11 @@ impl State {
             self.ranks[rank].stats.deciding_wall += started.elapsed().as_nanos() as Nanos;
             let (id, payload) = match operation {
                 None => break,
-                Some(Operation::AllToAll { index, exchange }) => {
+                Some(Operation::AllToAll { index, exchange, route }) => {
                     let bytes_to: Vec<u64> =
                         exchange.send_elements.iter().map(|n| (n * size_of::<f32>()) as u64).collect();
-                    let id = self.wire.launch(now, rank, Channel::AllToAll, Shape::AllToAll { bytes_to: &bytes_to });
+                    let shape = Shape::AllToAll { bytes_to: &bytes_to, route };
+                    let id = self.wire.launch(now, rank, Channel::AllToAll, shape);
                     (id, Payload::AllToAll { index, exchange })
                 }
                 Some(Operation::AllReduce(reduction)) => {
@@ -561,8 +565,9 @@ impl Port for EmulatedPort {
         self.update(|state, rank| {
             let state = &mut state.ranks[rank];
             match &submission {
-                Submission::BeginStep { step, .. } => {
+                Submission::BeginStep { step, rules, .. } => {
                     state.step = *step;
+                    state.route = rules.moe.route;
                     state.step_start = state.clock;
                     state.stats = StepStats::default();
                     state.program.clear();
@@ -571,6 +576,7 @@ impl Port for EmulatedPort {
                 Submission::Flush => state.gradients_done = None,
                 Submission::AllToAll(exchange) => state.program.push(ProgramOp::Submit(
                     exchange.send_elements.iter().map(|n| (n * size_of::<f32>()) as u64).collect(),
+                    state.route,
                 )),
                 Submission::Gradient { group, elements, .. } => {
                     state.last_gradient = (*group, (elements * size_of::<f32>()) as u64);

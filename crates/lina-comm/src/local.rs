@@ -258,7 +258,7 @@ impl Collective {
         let mut controls = Vec::new();
         for (rank, operation) in self.arrived.drain(..) {
             match operation {
-                Operation::AllToAll { index, exchange } => {
+                Operation::AllToAll { index, exchange, .. } => {
                     self.indices.push(index);
                     exchanges.push(exchange);
                 }

@@ -501,7 +501,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(10));
             assert!(!self.panics, "the engine breaks");
             finished.push(match operation {
-                Operation::AllToAll { index, exchange } => (begin, Finished::AllToAll { index, exchange }),
+                Operation::AllToAll { index, exchange, .. } => (begin, Finished::AllToAll { index, exchange }),
                 Operation::AllReduce(reduction) => (begin, Finished::AllReduce(reduction)),
                 Operation::Control(values) => (begin, Finished::Control(values)),
             });

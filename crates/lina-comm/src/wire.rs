@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use lina_net::{FlowId, Load, Network, Topology};
-use lina_plan::Nanos;
+use lina_plan::{Nanos, Route};
 
 /// A channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -40,8 +40,8 @@ pub(crate) struct CollectiveId {
 
 /// What a launching rank says of a collective.
 pub(crate) enum Shape<'a> {
-    /// Bytes to each rank.
-    AllToAll { bytes_to: &'a [u64] },
+    /// Bytes to each rank, and the way that they go.
+    AllToAll { bytes_to: &'a [u64], route: Route },
     /// Bytes to reduce among `members`.
     AllReduce { members: &'a [usize], bytes: u64 },
 }
@@ -63,6 +63,7 @@ struct Collective {
     launched: Vec<bool>,
     /// Row s: bytes that rank s sends to each rank (all-to-all).
     matrix: Vec<u64>,
+    route: Route,
     reduced_bytes: u64,
     state: State,
 }
@@ -70,8 +71,19 @@ struct Collective {
 #[derive(Debug)]
 enum State {
     Gathering,
-    Overhead { begin: Nanos, flow_at: Nanos, alone: Nanos, loads: Vec<Load> },
-    Flowing { begin: Nanos, alone: Nanos },
+    /// Its launch or a message round passes; then the first of `stages` flows.
+    Overhead {
+        begin: Nanos,
+        flow_at: Nanos,
+        alone: Nanos,
+        stages: VecDeque<Vec<Load>>,
+    },
+    /// A stage's bytes flow, the rest is to follow.
+    Flowing {
+        begin: Nanos,
+        alone: Nanos,
+        stages: VecDeque<Vec<Load>>,
+    },
 }
 
 #[derive(Debug)]
@@ -119,15 +131,16 @@ impl Wire {
             return id;
         }
         let collective = self.collectives.entry(id).or_insert_with(|| {
-            let (members, matrix) = match shape {
-                Shape::AllToAll { .. } => ((0..ranks).collect(), vec![0; ranks * ranks]),
-                Shape::AllReduce { members, .. } => (members.to_vec(), Vec::new()),
+            let (members, matrix, route) = match shape {
+                Shape::AllToAll { route, .. } => ((0..ranks).collect(), vec![0; ranks * ranks], route),
+                Shape::AllReduce { members, .. } => (members.to_vec(), Vec::new(), Route::Direct),
             };
-            Collective { members, launched: vec![false; ranks], matrix, reduced_bytes: 0, state: State::Gathering }
+            let launched = vec![false; ranks];
+            Collective { members, launched, matrix, route, reduced_bytes: 0, state: State::Gathering }
         });
         collective.launched[rank] = true;
         match shape {
-            Shape::AllToAll { bytes_to } => {
+            Shape::AllToAll { bytes_to, .. } => {
                 collective.matrix[rank * ranks..(rank + 1) * ranks].copy_from_slice(bytes_to);
             }
             Shape::AllReduce { bytes, .. } => {
@@ -152,8 +165,15 @@ impl Wire {
     pub(crate) fn advance(&mut self, now: Nanos, completions: &mut Vec<Completion>) {
         for flow in self.network.advance(now) {
             let id = self.flows.remove(&flow).expect("every flow belongs to a collective");
-            let collective = self.collectives.remove(&id).expect("a flowing collective exists");
-            let State::Flowing { begin, alone } = collective.state else { unreachable!("it was flowing") };
+            let latency = self.network.topology().latency(1);
+            let collective = self.collectives.get_mut(&id).expect("a flowing collective exists");
+            let State::Flowing { begin, alone, stages } = &mut collective.state else { unreachable!("it was flowing") };
+            let (begin, alone, stages) = (*begin, *alone, std::mem::take(stages));
+            if !stages.is_empty() {
+                collective.state = State::Overhead { begin, flow_at: now + latency, alone, stages };
+                continue;
+            }
+            let collective = self.collectives.remove(&id).expect("it was just there");
             completions.push(Completion { id, begin, end: now, alone });
             for &member in &collective.members {
                 let queue = &mut self.queues[member][id.channel as usize];
@@ -168,13 +188,13 @@ impl Wire {
         }
         let Wire { collectives, network, flows, next_flow, .. } = self;
         for (&id, collective) in collectives {
-            if let State::Overhead { begin, flow_at, alone, loads } = &mut collective.state
+            if let State::Overhead { begin, flow_at, alone, stages } = &mut collective.state
                 && *flow_at <= now
             {
-                network.start(now, *next_flow, std::mem::take(loads));
+                network.start(now, *next_flow, stages.pop_front().unwrap_or_default());
                 flows.insert(*next_flow, id);
                 *next_flow += 1;
-                collective.state = State::Flowing { begin: *begin, alone: *alone };
+                collective.state = State::Flowing { begin: *begin, alone: *alone, stages: std::mem::take(stages) };
             }
         }
     }
@@ -188,14 +208,15 @@ impl Wire {
         if !ready || !matches!(collective.state, State::Gathering) {
             return;
         }
-        let (loads, rounds) = match id.channel {
-            Channel::AllToAll => (topology.all_to_all(&collective.matrix), 1),
+        let (stages, rounds) = match id.channel {
+            Channel::AllToAll => (topology.all_to_all(&collective.matrix, collective.route), 1),
             Channel::AllReduce | Channel::Control => {
-                (topology.all_reduce(&collective.members, collective.reduced_bytes), 2)
+                (vec![topology.all_reduce(&collective.members, collective.reduced_bytes)], 2)
             }
         };
-        let overhead = topology.overhead(rounds);
-        let alone = overhead + topology.alone(&loads);
-        collective.state = State::Overhead { begin: now, flow_at: now + overhead, alone, loads };
+        let (launch, latency) = (topology.launch(), topology.latency(rounds));
+        let flowing: Nanos = stages.iter().map(|loads| latency + topology.alone(loads)).sum();
+        let (flow_at, alone) = (now + launch + latency, launch + flowing);
+        collective.state = State::Overhead { begin: now, flow_at, alone, stages: stages.into() };
     }
 }

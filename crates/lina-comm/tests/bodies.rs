@@ -30,7 +30,7 @@ fn groups(ranks: usize) -> Vec<Vec<usize>> {
 }
 
 fn topology(ranks: usize) -> Topology {
-    let link = Link { gbps: 1.0, latency_us: 5.0, launch_us: 2.0, nodes: ranks, inner_gbps: 10.0 };
+    let link = Link { gbps: 1.0, latency_us: 5.0, launch_us: 2.0, message_us: 0.0, nodes: ranks, inner_gbps: 10.0 };
     Topology::new(link, ranks).unwrap()
 }
 

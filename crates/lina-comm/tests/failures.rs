@@ -27,7 +27,14 @@ impl Body {
         let rules = PolicyRules::new(Policy::Lina, &PolicySettings::default());
         match self {
             Body::Emulated => {
-                let link = Link { gbps: 1.0, latency_us: 5.0, launch_us: 2.0, nodes: RANKS, inner_gbps: 10.0 };
+                let link = Link {
+                    gbps: 1.0,
+                    latency_us: 5.0,
+                    launch_us: 2.0,
+                    message_us: 0.0,
+                    nodes: RANKS,
+                    inner_gbps: 10.0,
+                };
                 let topology = Topology::new(link, RANKS).unwrap();
                 let device = Device { gflops: 1.0 };
                 let config = EmulatedConfig { topology, device, groups, timeout, delays: None, log_launches: false };

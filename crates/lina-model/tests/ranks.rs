@@ -35,7 +35,7 @@ fn step(
     chunks: usize,
 ) -> (f64, Gradients) {
     let experts = ExpertLayout::new(config.experts, ranks, per_rank).unwrap();
-    let link = Link { gbps: 1.0, latency_us: 1.0, launch_us: 1.0, nodes: ranks, inner_gbps: 1.0 };
+    let link = Link { gbps: 1.0, latency_us: 1.0, launch_us: 1.0, message_us: 0.0, nodes: ranks, inner_gbps: 1.0 };
     let cluster = EmulatedCluster::new(EmulatedConfig {
         topology: Topology::new(link, ranks).unwrap(),
         device: Device { gflops: 10.0 },

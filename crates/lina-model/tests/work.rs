@@ -19,7 +19,7 @@ fn announced_operations_are_those_of_the_products() {
     let (_, layout, parameters) = model.for_update();
     parameters.initialise(layout, 1);
 
-    let link = Link { gbps: 1.0, latency_us: 0.0, launch_us: 0.0, nodes: 1, inner_gbps: 1.0 };
+    let link = Link { gbps: 1.0, latency_us: 0.0, launch_us: 0.0, message_us: 0.0, nodes: 1, inner_gbps: 1.0 };
     let cluster = EmulatedCluster::new(EmulatedConfig {
         topology: Topology::new(link, 1).unwrap(),
         device: Device { gflops: 1.0 },

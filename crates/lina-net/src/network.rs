@@ -23,11 +23,12 @@ struct Flow {
 ///
 /// ```
 /// use lina_net::*;
-/// let link = Link { gbps: 8.0, latency_us: 0.0, launch_us: 0.0, nodes: 2, inner_gbps: 8.0 };
+/// use lina_plan::Route;
+/// let link = Link { gbps: 8.0, latency_us: 0.0, launch_us: 0.0, message_us: 0.0, nodes: 2, inner_gbps: 8.0 };
 /// let topology = Topology::new(link, 2).unwrap();
 /// let mut network = Network::new(&topology);
 /// network.start(0, 1, topology.all_reduce(&[0, 1], 1000)); // 1000 ns alone, at 1 byte/ns
-/// network.start(0, 2, topology.all_to_all(&[0, 1000, 1000, 0])); // 1000 ns alone
+/// network.start(0, 2, topology.all_to_all(&[0, 1000, 1000, 0], Route::Direct).remove(0)); // 1000 ns alone
 /// assert_eq!(network.next_completion(), Some(2000)); // together they take twice as long
 /// ```
 #[derive(Clone, Debug)]
@@ -124,6 +125,7 @@ impl Network {
 mod tests {
     use super::*;
     use crate::Link;
+    use lina_plan::Route;
     use proptest::prelude::*;
 
     fn run(network: &mut Network) -> Vec<(Nanos, FlowId)> {
@@ -135,7 +137,11 @@ mod tests {
     }
 
     fn four_ranks() -> Topology {
-        Topology::new(Link { gbps: 8.0, latency_us: 0.0, launch_us: 0.0, nodes: 4, inner_gbps: 8.0 }, 4).unwrap()
+        Topology::new(
+            Link { gbps: 8.0, latency_us: 0.0, launch_us: 0.0, message_us: 0.0, nodes: 4, inner_gbps: 8.0 },
+            4,
+        )
+        .unwrap()
     }
 
     #[test]
@@ -143,7 +149,7 @@ mod tests {
         let topology = four_ranks();
         let mut network = Network::new(&topology);
         network.start(0, 1, topology.all_reduce(&[0, 1, 2, 3], 20_000)); // 30 us alone
-        network.start(10_000, 2, topology.all_to_all(&[1000; 16])); // 3 us alone
+        network.start(10_000, 2, topology.all_to_all(&[1000; 16], Route::Direct).remove(0)); // 3 us alone
         assert_eq!(run(&mut network), [(16_000, 2), (33_000, 1)]);
     }
 
@@ -160,7 +166,7 @@ mod tests {
     fn an_empty_collective_completes_at_once() {
         let topology = four_ranks();
         let mut network = Network::new(&topology);
-        network.start(5, 1, topology.all_to_all(&[0; 16]));
+        network.start(5, 1, topology.all_to_all(&[0; 16], Route::Direct).remove(0));
         assert_eq!(run(&mut network), [(5, 1)]);
     }
 
@@ -171,7 +177,7 @@ mod tests {
             let topology = four_ranks();
             let mut network = Network::new(&topology);
             for (id, bytes) in sizes.iter().enumerate() {
-                network.start(0, id as FlowId, topology.all_to_all(bytes));
+                network.start(0, id as FlowId, topology.all_to_all(bytes, Route::Direct).remove(0));
             }
             let bound = network.take_busiest_port();
             let last = run(&mut network).last().unwrap().0 as f64;

@@ -1,6 +1,8 @@
 //! Which ports a collective crosses, and with how many bytes.
 
-use lina_plan::Nanos;
+use std::collections::BTreeMap;
+
+use lina_plan::{Nanos, Relays, Route};
 
 /// Rates and overheads of an emulated network.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -11,6 +13,8 @@ pub struct Link {
     pub latency_us: f64,
     /// Time that launching one operation takes on its channel, in microseconds.
     pub launch_us: f64,
+    /// Time for which a message between nodes occupies each of their interfaces besides its bytes, in microseconds.
+    pub message_us: f64,
     /// Number of nodes; ranks fill them in order, evenly.
     pub nodes: usize,
     /// Rate of each rank's link inside its node, each way, in Gbit/s.
@@ -73,7 +77,9 @@ impl Topology {
                 return error(format!("link.{key} is {value}, expected a positive number of Gbit/s"));
             }
         }
-        for (key, value) in [("latency_us", link.latency_us), ("launch_us", link.launch_us)] {
+        let overheads =
+            [("latency_us", link.latency_us), ("launch_us", link.launch_us), ("message_us", link.message_us)];
+        for (key, value) in overheads {
             if !(value >= 0.0 && value.is_finite()) {
                 return error(format!("link.{key} is {value}, expected a number of microseconds of at least 0"));
             }
@@ -103,18 +109,39 @@ impl Topology {
         }
     }
 
-    /// Overhead of an operation of `rounds` message rounds before its bytes flow.
-    pub fn overhead(&self, rounds: usize) -> Nanos {
-        ((self.link.launch_us + self.link.latency_us * rounds as f64) * 1e3).round() as Nanos
+    /// Time of launching an operation.
+    pub fn launch(&self) -> Nanos {
+        (self.link.launch_us * 1e3).round() as Nanos
     }
 
-    /// Loads of an all-to-all in which rank `s` sends `bytes[s * ranks + d]` to rank `d`. A rank's own piece stays
-    /// in its memory.
-    pub fn all_to_all(&self, bytes: &[u64]) -> Vec<Load> {
+    /// Time of `rounds` message rounds before their bytes flow.
+    pub fn latency(&self, rounds: usize) -> Nanos {
+        (self.link.latency_us * rounds as f64 * 1e3).round() as Nanos
+    }
+
+    /// Loads of an all-to-all in which rank `s` sends `bytes[s * ranks + d]` to rank `d`, in the stages that follow each
+    /// other. A rank's own piece stays in its memory. [`Route::ThroughNode`] has two stages where there are several
+    /// nodes of as many ranks, more than one; else it is the direct way.
+    pub fn all_to_all(&self, bytes: &[u64], route: Route) -> Vec<Vec<Load>> {
         let ranks = self.ranks();
         debug_assert_eq!(bytes.len(), ranks * ranks);
-        let pairs = (0..ranks).flat_map(|s| (0..ranks).map(move |d| (s, d)));
-        self.sum_loads(pairs.filter(|(s, d)| s != d).map(|(s, d)| (s, d, bytes[s * ranks + d] as f64)))
+        let pieces = (0..ranks).flat_map(|s| (0..ranks).map(move |d| (s, d, bytes[s * ranks + d])));
+        let pieces = pieces.filter(|&(s, d, bytes)| s != d && bytes > 0);
+        let Some(relays) = Relays::new(ranks, self.link.nodes).filter(|_| route == Route::ThroughNode) else {
+            return vec![self.sum_loads(pieces.map(|(s, d, bytes)| (s, d, bytes as f64, 1)))];
+        };
+        let inside =
+            pieces.clone().map(|(s, d, bytes)| (s, relays.relay(s, d), bytes as f64, 1)).filter(|x| x.0 != x.1);
+        // What a relay has for a rank goes in one message.
+        let mut between = BTreeMap::new();
+        for (s, d, bytes) in pieces {
+            let relay = relays.relay(s, d);
+            if relay != d {
+                *between.entry((relay, d)).or_insert(0.0) += bytes as f64;
+            }
+        }
+        let between = between.into_iter().map(|((relay, d), bytes)| (relay, d, bytes, 1));
+        vec![self.sum_loads(inside), self.sum_loads(between)]
     }
 
     /// Loads of an allreduce of `bytes` over the ranks of `group`: a ring, whose every member passes
@@ -125,7 +152,7 @@ impl Topology {
             return Vec::new();
         }
         let share = 2.0 * (n as f64 - 1.0) / n as f64 * bytes as f64;
-        self.sum_loads((0..n).map(|i| (group[i], group[(i + 1) % n], share)))
+        self.sum_loads((0..n).map(|i| (group[i], group[(i + 1) % n], share, 2 * (n - 1))))
     }
 
     /// How long `loads` take while nothing else is on the wire, overheads excluded.
@@ -133,16 +160,20 @@ impl Topology {
         loads.iter().map(|load| load.bytes / self.rate(load.port)).fold(0.0, f64::max).ceil() as Nanos
     }
 
-    fn sum_loads(&self, messages: impl Iterator<Item = (usize, usize, f64)>) -> Vec<Load> {
+    /// Loads of (source, destination, bytes, number of messages).
+    fn sum_loads(&self, messages: impl Iterator<Item = (usize, usize, f64, usize)>) -> Vec<Load> {
+        // A message's overhead is as many bytes as could have passed in its time.
+        let message_bytes = self.link.message_us * 1e3 * self.link.gbps / 8.0;
         let (ranks, nodes) = (self.ranks(), self.link.nodes);
         let (mut node_out, mut node_in) = (vec![0.0; nodes], vec![0.0; nodes]);
         let (mut rank_out, mut rank_in) = (vec![0.0; ranks], vec![0.0; ranks]);
-        for (source, destination, bytes) in messages {
+        for (source, destination, bytes, messages) in messages {
             let (from, to) = (self.node_of[source], self.node_of[destination]);
             if from == to {
                 rank_out[source] += bytes;
                 rank_in[destination] += bytes;
             } else {
+                let bytes = bytes + message_bytes * messages as f64;
                 node_out[from] += bytes;
                 node_in[to] += bytes;
             }
@@ -164,18 +195,34 @@ mod tests {
     use super::*;
 
     fn link(nodes: usize) -> Link {
-        Link { gbps: 8.0, latency_us: 5.0, launch_us: 2.0, nodes, inner_gbps: 80.0 }
+        Link { gbps: 8.0, latency_us: 5.0, launch_us: 2.0, message_us: 0.0, nodes, inner_gbps: 80.0 }
     }
 
     #[test]
     fn an_all_to_all_between_nodes_loads_their_interfaces() {
         let topology = Topology::new(link(2), 4).unwrap();
-        let loads = topology.all_to_all(&[100; 16]);
+        let [loads] = &topology.all_to_all(&[100; 16], Route::Direct)[..] else { panic!("one stage") };
         // Each node sends 2 x 2 pieces out, each rank one piece to its neighbour.
         assert!(loads.contains(&Load { port: Port::NodeOut(0), bytes: 400.0 }));
         assert!(loads.contains(&Load { port: Port::RankIn(3), bytes: 100.0 }));
         // 400 bytes at 1 byte/ns.
-        assert_eq!(topology.alone(&loads), 400);
+        assert_eq!(topology.alone(loads), 400);
+    }
+
+    #[test]
+    fn through_the_node_fewer_messages_cross() {
+        let messages = Link { message_us: 1.0, ..link(2) };
+        let topology = Topology::new(messages, 4).unwrap();
+        let [direct] = &topology.all_to_all(&[100; 16], Route::Direct)[..] else { panic!("one stage") };
+        // 4 messages of 100 bytes leave each node, or 2 of 200 bytes; a message costs as much as 1000 bytes.
+        assert!(direct.contains(&Load { port: Port::NodeOut(0), bytes: 4400.0 }));
+        let [inside, between] = &topology.all_to_all(&[100; 16], Route::ThroughNode)[..] else { panic!("two stages") };
+        assert!(between.contains(&Load { port: Port::NodeOut(1), bytes: 2400.0 }));
+        // A rank gives its neighbour what is for it, and what it is to pass on.
+        assert!(inside.contains(&Load { port: Port::RankOut(0), bytes: 200.0 }));
+        // Without several ranks in a node there is one way.
+        let flat = Topology::new(Link { nodes: 4, ..messages }, 4).unwrap();
+        assert_eq!(flat.all_to_all(&[7; 16], Route::ThroughNode), flat.all_to_all(&[7; 16], Route::Direct));
     }
 
     #[test]

@@ -84,19 +84,40 @@ impl GapTimings {
         }
     }
 
-    /// The size of allreduce micro-op of which two fit into the median gap of the backward pass, at the rate that they
-    /// have been measured with; `None` before there is such a gap and such a rate.
-    pub fn suggested_partition_bytes(&self) -> Option<usize> {
+    /// What the gaps of the backward pass offer and what reductions take of them; `None` before there is a gap between
+    /// pairs and a measured micro-op.
+    pub fn link_use(&self) -> Option<LinkUse> {
         let first = *self.ready_gap.first()? as usize;
         let gaps = self.windows.iter().zip(&self.between_pairs).take(self.windows.len() - 1).skip(first);
         let windows: Vec<f64> = gaps.filter(|&(&ns, &between)| between && ns > 0.0).map(|(&ns, _)| ns).collect();
         let known = self.alone.iter().zip(&self.elements).filter(|&(&ns, _)| ns > 0.0);
-        let (ns, elements) = known.fold((0.0, 0), |(sum, count), (ns, elements)| (sum + ns, count + elements));
+        let (reducing_ns, elements) = known.fold((0.0, 0), |(sum, count), (ns, elements)| (sum + ns, count + elements));
         if windows.is_empty() || elements == 0 {
             return None;
         }
-        let bytes = (elements * size_of::<f32>()) as f64 / ns * median(windows.into_iter()) / 2.0;
-        Some((bytes as usize).next_multiple_of(4096))
+        Some(LinkUse {
+            bytes_per_ns: (elements * size_of::<f32>()) as f64 / reducing_ns,
+            spare_ns: (windows.iter().sum::<f64>() - reducing_ns).max(0.0),
+            median_gap_ns: median(windows.into_iter()),
+        })
+    }
+}
+
+/// What a step's reductions make of the time between its all-to-alls.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LinkUse {
+    /// Bytes of gradients over the time that their reduction takes while no all-to-all shares the link.
+    pub bytes_per_ns: f64,
+    /// Time of the backward pass's gaps between pairs that reductions leave, in nanoseconds.
+    pub spare_ns: f64,
+    /// The median of those gaps, in nanoseconds.
+    pub median_gap_ns: f64,
+}
+
+impl LinkUse {
+    /// The size of allreduce micro-op of which two fit into the median gap.
+    pub fn suggested_partition_bytes(&self) -> usize {
+        ((self.bytes_per_ns * self.median_gap_ns / 2.0) as usize).next_multiple_of(4096)
     }
 }
 
@@ -111,12 +132,12 @@ impl GapPlan {
     /// Fills the gaps of the next step, first micro-op first, under `rules`. A rank reduces one micro-op at a time;
     /// `groups` (the ranks of each) says which of them share no rank and run side by side.
     ///
-    /// Rules that need no timings ([`GapRule::Eager`], [`GapRule::BetweenPairs`]) have an empty plan: the
-    /// sequencer follows the program's order. An unknown duration counts as one that does not fit, which sends the
+    /// Rules that need no timings ([`GapRule::Eager`], [`GapRule::BetweenPairs`], [`GapRule::AfterBackward`]) have an
+    /// empty plan: the sequencer follows the program's order. An unknown duration counts as one that does not fit, which sends the
     /// micro-op to the tail of the step, where it is measured.
     pub fn new(rules: &PolicyRules, timings: &GapTimings, groups: &[Vec<usize>]) -> Self {
         let (between_pairs_only, must_finish) = match rules.gap {
-            GapRule::Eager | GapRule::BetweenPairs => return GapPlan::default(),
+            GapRule::Eager | GapRule::BetweenPairs | GapRule::AfterBackward => return GapPlan::default(),
             GapRule::StartsInGap => (false, false),
             GapRule::FinishesBetweenPairs => (true, true),
         };
@@ -242,10 +263,12 @@ mod tests {
             ..timings()
         };
         // 8000 bytes in 80 ns; of the gaps from the first gradient on, 3000 and 2000 lie between pairs.
-        assert_eq!(timings.suggested_partition_bytes(), Some(125_000_usize.next_multiple_of(4096)));
+        let link = timings.link_use().unwrap();
+        assert_eq!(link, LinkUse { bytes_per_ns: 100.0, spare_ns: 4920.0, median_gap_ns: 2500.0 });
+        assert_eq!(link.suggested_partition_bytes(), 125_000_usize.next_multiple_of(4096));
         timings.alone = vec![0.0; 4];
-        assert_eq!(timings.suggested_partition_bytes(), None);
-        assert_eq!(GapTimings::default().suggested_partition_bytes(), None);
+        assert_eq!(timings.link_use(), None);
+        assert_eq!(GapTimings::default().link_use(), None);
     }
 
     fn plan(policy: Policy, timings: &GapTimings) -> Vec<u32> {

@@ -13,27 +13,33 @@
 //! | what distinguishes the policies? | [`PolicyRules`] |
 //! | which rank holds which expert? | [`ExpertLayout`] |
 //! | how many experts does a rank hold? | [`PackingController`] |
+//! | who passes on what in an all-to-all through nodes? | [`Relays`] |
 //! | which sizes suit this job? | [`Tuner`] |
+//! | which rank, host or link is slow? | [`diagnose`] |
 //! | which tokens are in which pipeline chunk? | [`chunk_range`] |
 
 mod cutter;
+mod diagnosis;
 mod gaps;
 mod layout;
 mod operation;
 mod packing;
 mod policy;
+mod relay;
 mod sequencer;
 mod split;
 mod tuning;
 
 pub use cutter::{GradientCutter, MicroOp};
-pub use gaps::{GapPlan, GapTimings};
+pub use diagnosis::{Aspect, Finding, PairMeasurements, Place, diagnose, pair_rounds};
+pub use gaps::{GapPlan, GapTimings, LinkUse};
 pub use layout::{ExpertLayout, LayoutError};
 pub use operation::{AllToAllKind, Direction, GroupId, Leg, Nanos};
-pub use packing::{PACKING_VALUES, PackingController, PackingLadder, PackingSample};
+pub use packing::{PACKING_VALUES, PackingController, PackingForecast, PackingLadder, PackingSample, ReplicaCosts};
 pub use policy::{
     AllReduceUnit, GapRule, MoeShape, Policy, PolicyRules, PolicySettings, Route, Schedule, WeightGradients,
 };
+pub use relay::Relays;
 pub use sequencer::{Launch, Sequencer};
 pub use split::{chunk_range, share_range};
 pub use tuning::{TUNING_STEPS, Tuner, TuningSample};

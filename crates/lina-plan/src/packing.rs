@@ -6,12 +6,14 @@
 //! than an all-to-all micro-op, first after step 10, then every 4 steps ("Accelerating Distributed MoE Training and
 //! Inference with Lina", USENIX ATC 2023). The paper does not count what packing costs: gradients of experts with
 //! replicas have to be reduced, more parameters have to be updated. So the median step before a change is compared
-//! with the one after it; a change that does not pay is undone, and the controller rests.
+//! with the one after it; a change that does not pay is undone, and the controller rests. `lina-auto` counts before it
+//! tries, too ([`PackingForecast`]).
 //!
 //! All ranks feed it the same agreed numbers ([`PackingSample::agreed`]), so all come to the same decisions.
 
 use serde::{Deserialize, Serialize};
 
+use crate::gaps::LinkUse;
 use crate::layout::{ExpertLayout, LayoutError};
 use crate::median;
 
@@ -29,20 +31,45 @@ pub struct PackingSample {
     pub ffn_micro_op_ns: f64,
     /// Mean time of a dispatch or combine micro-op, in nanoseconds.
     pub all_to_all_micro_op_ns: f64,
+    /// Mean time for which computation waited for all-to-alls, in nanoseconds.
+    pub all_to_all_wait_ns: f64,
+    /// What the next rung would bring, where that is to be counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forecast: Option<PackingForecast>,
+}
+
+/// What going up one rung is expected to change in a step, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PackingForecast {
+    /// Less waiting for all-to-alls, since a smaller share of the tokens leaves its rank, or its node.
+    pub gain_ns: f64,
+    /// Reduction of the replicas' gradients that does not fit into the gaps any more.
+    pub cost_ns: f64,
+}
+
+/// What a forecast has to know of the model and the cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplicaCosts {
+    /// Gradients of one expert of every MoE layer, in bytes.
+    pub expert_bytes: usize,
+    /// Number of nodes, which ranks fill in order, evenly.
+    pub nodes: usize,
 }
 
 /// Values that a rank adds to a step's closing sum for [`PackingSample::agreed`].
-pub const PACKING_VALUES: usize = 5;
+pub const PACKING_VALUES: usize = 6;
 
 impl PackingSample {
     /// The sample that all ranks agree on, from the sum over `ranks` of what each measured: time of the step, time
-    /// and number of feed-forward micro-ops, time and number of all-to-all micro-ops.
+    /// and number of feed-forward micro-ops, time and number of all-to-all micro-ops, time waited for all-to-alls.
     pub fn agreed(sums: [f64; PACKING_VALUES], ranks: usize) -> Self {
-        let [step_ns, ffn_ns, ffn_micro_ops, all_to_all_ns, all_to_all_micro_ops] = sums;
+        let [step_ns, ffn_ns, ffn_micro_ops, all_to_all_ns, all_to_all_micro_ops, wait_ns] = sums;
         PackingSample {
             step_ns: step_ns / ranks as f64,
             ffn_micro_op_ns: ffn_ns / ffn_micro_ops.max(1.0),
             all_to_all_micro_op_ns: all_to_all_ns / all_to_all_micro_ops.max(1.0),
+            all_to_all_wait_ns: wait_ns / ranks as f64,
+            forecast: None,
         }
     }
 }
@@ -81,6 +108,33 @@ impl PackingLadder {
     pub fn truncated(mut self, rungs: usize) -> Self {
         self.layouts.truncate(rungs.max(1));
         self
+    }
+
+    /// What the rung above `rung` would change in a step in which computation waits `wait_ns` for all-to-alls; `None`
+    /// on the last rung. Waiting shrinks with the share of (rank, expert) pairs that lie apart: on different nodes, or
+    /// on different ranks where every rank is a node. The replicas' reduction is counted on the rank that holds most,
+    /// at the measured rate, and costs what the gaps do not have room for.
+    pub fn forecast(&self, rung: usize, costs: ReplicaCosts, link: &LinkUse, wait_ns: f64) -> Option<PackingForecast> {
+        let (old, new) = (self.layouts.get(rung)?, self.layouts.get(rung + 1)?);
+        let ranks = old.ranks();
+        let node_of = |rank: usize| rank * costs.nodes / ranks;
+        let apart = |layout: &ExpertLayout| {
+            let pairs = (0..ranks).flat_map(|rank| (0..layout.experts()).map(move |expert| (rank, expert)));
+            pairs.filter(|&(rank, expert)| node_of(rank) != node_of(layout.destination(rank, expert))).count() as f64
+        };
+        // Of each byte, a reduction over n ranks sends and receives (n - 1) / n twice; the rate is one of all ranks.
+        let volume = |n: usize| (n - 1) as f64 / n as f64;
+        let whole = volume(ranks).max(f64::MIN_POSITIVE);
+        let reduced_bytes = |layout: &ExpertLayout| {
+            let of_rank = |rank: usize| -> f64 {
+                layout.held_by(rank).iter().map(|&expert| volume(layout.holders(expert).len()) / whole).sum()
+            };
+            (0..ranks).map(of_rank).fold(0.0, f64::max) * costs.expert_bytes as f64
+        };
+        let before = apart(old);
+        let gain_ns = if before > 0.0 { wait_ns * (1.0 - apart(new) / before).max(0.0) } else { 0.0 };
+        let reducing_ns = (reduced_bytes(new) - reduced_bytes(old)) / link.bytes_per_ns;
+        Some(PackingForecast { gain_ns, cost_ns: (reducing_ns - link.spare_ns).max(0.0) })
     }
 
     /// Steps after which a controller has surely come to the top, or to rest.
@@ -149,7 +203,9 @@ impl PackingController {
         }
         let mean = |of: fn(&PackingSample) -> f64| self.window.iter().map(of).sum::<f64>() / DECISION_STEPS as f64;
         let ffn_is_shorter = mean(|sample| sample.ffn_micro_op_ns) < mean(|sample| sample.all_to_all_micro_op_ns);
-        if ffn_is_shorter && self.rung + 1 < ladder.layouts.len() {
+        let pays = |forecast: PackingForecast| forecast.gain_ns > forecast.cost_ns;
+        let promises = sample.forecast.is_none_or(pays);
+        if ffn_is_shorter && promises && self.rung + 1 < ladder.layouts.len() {
             self.before_ns = Some(step_ns);
             self.stays = false;
             return Some(self.change_to(self.rung + 1));
@@ -171,7 +227,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn sample(step_ns: f64, ffn_micro_op_ns: f64, all_to_all_micro_op_ns: f64) -> PackingSample {
-        PackingSample { step_ns, ffn_micro_op_ns, all_to_all_micro_op_ns }
+        PackingSample { step_ns, ffn_micro_op_ns, all_to_all_micro_op_ns, ..PackingSample::default() }
     }
 
     /// The changes over 60 steps, as (steps done, experts a rank), on a cluster that `measure` describes.
@@ -203,6 +259,32 @@ mod tests {
     }
 
     #[test]
+    fn what_promises_nothing_is_not_tried() {
+        let ladder = PackingLadder::new(8, 8, None, 8).unwrap();
+        let with = |forecast: PackingForecast| {
+            changes(&ladder, |_| PackingSample { forecast: Some(forecast), ..sample(100.0, 1.0, 9.0) })
+        };
+        assert_eq!(with(PackingForecast { gain_ns: 5.0, cost_ns: 6.0 }), []);
+        assert_eq!(with(PackingForecast { gain_ns: 7.0, cost_ns: 6.0 })[0], (10, 2));
+    }
+
+    #[test]
+    fn a_forecast_weighs_tokens_that_stay_against_replicas_that_are_reduced() {
+        let ladder = PackingLadder::new(8, 8, None, 8).unwrap();
+        let link = LinkUse { bytes_per_ns: 2.0, spare_ns: 100.0, median_gap_ns: 10.0 };
+        let forecast =
+            |rung, nodes, wait_ns| ladder.forecast(rung, ReplicaCosts { expert_bytes: 7000, nodes }, &link, wait_ns);
+        // Two experts a rank: with nodes of four, every expert is in every node. Each of the two is reduced over two
+        // ranks: half of its bytes against 7/8 over all ranks, 2 * 7000 * 4/7 bytes at 2 bytes/ns, 100 ns of them hidden.
+        assert_eq!(forecast(0, 2, 1000.0), Some(PackingForecast { gain_ns: 1000.0, cost_ns: 3900.0 }));
+        // Without nodes, 6 of 8 experts are elsewhere instead of 7.
+        let PackingForecast { gain_ns, .. } = forecast(0, 8, 1000.0).unwrap();
+        assert!((gain_ns - 1000.0 / 7.0).abs() < 1e-9, "{gain_ns}");
+        assert_eq!(forecast(1, 2, 1000.0).unwrap().gain_ns, 0.0);
+        assert_eq!(forecast(3, 2, 1000.0), None);
+    }
+
+    #[test]
     fn the_first_step_of_a_layout_may_be_slow() {
         let ladder = PackingLadder::new(8, 8, None, 2).unwrap();
         let mut controller = PackingController::default();
@@ -229,8 +311,8 @@ mod tests {
 
     #[test]
     fn means_are_over_all_ranks_micro_ops() {
-        let agreed = PackingSample::agreed([200.0, 60.0, 6.0, 90.0, 3.0], 2);
-        assert_eq!(agreed, sample(100.0, 10.0, 30.0));
+        let agreed = PackingSample::agreed([200.0, 60.0, 6.0, 90.0, 3.0, 14.0], 2);
+        assert_eq!(agreed, PackingSample { all_to_all_wait_ns: 7.0, ..sample(100.0, 10.0, 30.0) });
         assert_eq!(PackingSample::agreed([0.0; PACKING_VALUES], 2), PackingSample::default());
     }
 

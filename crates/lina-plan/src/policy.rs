@@ -160,6 +160,8 @@ pub enum GapRule {
     StartsInGap,
     /// Only between pairs, and only if it is predicted to finish before the next all-to-all.
     FinishesBetweenPairs,
+    /// After backward: all-to-alls and allreduces have the link to themselves, which measures both alone.
+    AfterBackward,
 }
 
 /// When weight gradients are computed, relative to the next sending of input gradients.

@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use crate::cutter::{GradientCutter, MicroOp};
 use crate::gaps::{GapMeasurement, GapPlan, GapTimings};
 use crate::operation::{AllToAllKind, GroupId, Nanos};
-use crate::policy::{GapRule, PolicyRules};
+use crate::policy::{GapRule, PolicyRules, Route};
 
 /// A decision: hand this operation to the engine now. Indices count within the step, per class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,6 +114,11 @@ impl Sequencer {
     /// keep of those it is handed.
     pub fn reduces(&self) -> bool {
         self.reduces
+    }
+
+    /// The way that the step's all-to-alls go.
+    pub fn route(&self) -> Route {
+        self.rules.moe.route
     }
 
     /// An all-to-all is handed over. Returns its index.
@@ -219,6 +224,7 @@ impl Sequencer {
         match self.rules.gap {
             GapRule::Eager => self.created(),
             GapRule::BetweenPairs => self.static_limit,
+            GapRule::AfterBackward => 0,
             GapRule::StartsInGap | GapRule::FinishesBetweenPairs => self.plan.launched_by_end(self.measurement.gap()),
         }
     }
@@ -256,7 +262,32 @@ impl Sequencer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Policy, PolicySettings};
+    use crate::{Direction, Leg, Policy, PolicySettings};
+
+    #[test]
+    fn after_backward_no_allreduce_launches_before_the_flush() {
+        for policy in Policy::ALL {
+            let rules = PolicyRules {
+                gap: GapRule::AfterBackward,
+                ..PolicyRules::new(policy, &PolicySettings { bucket_bytes: 4, ..PolicySettings::default() })
+            };
+            let mut sequencer = Sequencer::default();
+            sequencer.begin_step(0, rules, GapPlan::new(&rules, &sequencer.timings(), &[vec![0, 1]]));
+            let (mut now, mut launched) = (0, Vec::new());
+            for leg in [Leg::Combine, Leg::Dispatch] {
+                sequencer.gradient_ready(now, GroupId::WORLD, 10);
+                let kind = AllToAllKind { direction: Direction::Backward, leg, layer: 0, chunk: 0, chunks: 1 };
+                sequencer.all_to_all_submitted(now, &kind);
+                now += 10;
+                sequencer.all_to_all_done(now);
+                launched.extend(std::iter::from_fn(|| sequencer.next_launch()));
+            }
+            assert_eq!(launched, [Launch::AllToAll { index: 0 }, Launch::AllToAll { index: 1 }], "{policy}");
+            sequencer.flush(now);
+            let reduced: Vec<_> = std::iter::from_fn(|| sequencer.next_launch()).collect();
+            assert_eq!(reduced.len(), 2, "{policy}: {reduced:?}");
+        }
+    }
 
     #[test]
     fn an_allreduce_of_others_leaves_the_measured_one_alone() {

@@ -5,7 +5,7 @@
 //! The [`Tuner`] makes the sweep where it counts, by coordinate search: it changes one setting, trains a few steps with
 //! it, keeps the change if the median step became shorter, and goes on in that direction while it pays. The first
 //! micro-op size that it tries is not a guess: it follows from the gaps and the rate that steps have measured
-//! ([`GapTimings::suggested_partition_bytes`](crate::GapTimings::suggested_partition_bytes)).
+//! ([`LinkUse::suggested_partition_bytes`](crate::LinkUse::suggested_partition_bytes)).
 //!
 //! All ranks feed it the same agreed numbers, so all change at the same step.
 

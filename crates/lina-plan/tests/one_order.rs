@@ -224,6 +224,7 @@ impl Rank {
         match self.rules.gap {
             GapRule::Eager => prop_assert!(!ends_gap, "what launches when it is ready holds no all-to-all back"),
             GapRule::BetweenPairs => prop_assert!(index < self.cut_at_opening, "it was not ready when the gap opened"),
+            GapRule::AfterBackward => prop_assert!(false, "backward is not over"),
             GapRule::StartsInGap | GapRule::FinishesBetweenPairs => {
                 prop_assert!(index < self.plan.launched_by_end(gap as usize), "the plan puts it later");
             }

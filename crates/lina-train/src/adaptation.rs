@@ -6,7 +6,8 @@
 //! times that it compares.
 
 use lina_comm::Comm;
-use lina_plan::{Policy, PolicyRules, PolicySettings, Schedule, TUNING_STEPS, Tuner, TuningSample};
+use lina_model::ParameterLayout;
+use lina_plan::{Policy, PolicyRules, PolicySettings, ReplicaCosts, Schedule, TUNING_STEPS, Tuner, TuningSample};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
@@ -28,6 +29,7 @@ pub(crate) struct TuningState {
 pub(crate) struct Adaptation {
     policy: Policy,
     settings: PolicySettings,
+    costs: ReplicaCosts,
     packing: Option<Packing>,
     tuner: Option<Tuner>,
 }
@@ -46,7 +48,9 @@ impl Adaptation {
             let resumed = resumed.filter(|state| state.ranks == config.cluster.ranks);
             resumed.map_or_else(|| Tuner::new(settings, config.cluster.has_nodes()), |state| state.tuner.clone())
         });
-        Adaptation { policy, settings, packing, tuner }
+        let elements = ParameterLayout::new(&config.model, &[]).expert_elements() * config.model.moe_layers();
+        let costs = ReplicaCosts { expert_bytes: elements * size_of::<f32>(), nodes: config.cluster.node_count() };
+        Adaptation { policy, settings, costs, packing, tuner }
     }
 
     /// The policy's switches for the next step.
@@ -91,7 +95,13 @@ impl Adaptation {
     ) -> Result<Option<String>, TrainError> {
         let searching = self.tuner.as_ref().is_some_and(|tuner| !tuner.settled() && tuner.steps() > 0);
         if let Some(packing) = self.packing.as_mut().filter(|_| !searching) {
-            let change = packing.after_step(worker, comm, outcome.packing, steps)?;
+            let mut sample = outcome.packing;
+            if self.policy == Policy::LinaAuto
+                && let Some(link) = comm.link_use()
+            {
+                sample.forecast = packing.forecast(self.costs, &link, sample.all_to_all_wait_ns);
+            }
+            let change = packing.after_step(worker, comm, sample, steps)?;
             if change.is_some() || !packing.settled() {
                 return Ok(change);
             }
@@ -99,7 +109,7 @@ impl Adaptation {
         let Some(tuner) = self.tuner.as_mut().filter(|tuner| !tuner.settled()) else { return Ok(None) };
         let sample = TuningSample {
             step_ns: outcome.packing.step_ns,
-            suggested_partition_bytes: comm.suggested_partition_bytes(),
+            suggested_partition_bytes: comm.link_use().map(|link| link.suggested_partition_bytes()),
         };
         if let Some(settings) = tuner.step(sample) {
             comm.set_rules(PolicyRules::new(self.policy, &settings));

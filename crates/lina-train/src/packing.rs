@@ -7,7 +7,9 @@
 
 use lina_comm::{AllToAllKind, Comm, Direction, Exchange, Leg, Nanos};
 use lina_model::ParameterLayout;
-use lina_plan::{ExpertLayout, PackingController, PackingLadder, PackingSample};
+use lina_plan::{
+    ExpertLayout, LinkUse, PackingController, PackingForecast, PackingLadder, PackingSample, ReplicaCosts,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
@@ -89,6 +91,11 @@ impl Packing {
     /// The layout in force.
     pub(crate) fn layout(&self) -> &ExpertLayout {
         &self.ladder.layouts()[self.controller.rung()]
+    }
+
+    /// What the next rung would bring, from what the link is used for and the time waited for all-to-alls.
+    pub(crate) fn forecast(&self, costs: ReplicaCosts, link: &LinkUse, wait_ns: f64) -> Option<PackingForecast> {
+        self.ladder.forecast(self.controller.rung(), costs, link, wait_ns)
     }
 
     /// Whether nothing is on trial.

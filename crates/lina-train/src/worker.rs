@@ -153,8 +153,14 @@ impl<'a> Worker<'a> {
         let stats = comm.stats();
         // The update is still to come: the last one took as long.
         let step_time = stats.step + self.update;
-        let packing: [Nanos; PACKING_VALUES] =
-            [step_time, stats.ffn, stats.ffn_micro_ops, stats.token_exchange, stats.token_exchange_micro_ops];
+        let packing: [Nanos; PACKING_VALUES] = [
+            step_time,
+            stats.ffn,
+            stats.ffn_micro_ops,
+            stats.token_exchange,
+            stats.token_exchange_micro_ops,
+            stats.all_to_all_blocked,
+        ];
         message.extend(packing.map(|value| value as f64));
         self.optimizer.squares(self.model.compute(), self.model.parameters(), message);
         comm.agree(message)?;
@@ -310,16 +316,20 @@ threads = 2
             let experts = config.expert_layout().unwrap();
             let mut comm = Comm::solo();
             let mut worker = prepared_worker(&config, &loaded.data, &experts, 0).unwrap();
-            for step in 0..4 {
-                worker.step(&mut comm, step, false).unwrap();
-            }
-            assert!(LARGE.load(Ordering::Relaxed) > 0, "the counter counts");
-            for step in 4..8 {
+            // Which thread takes which part of a product is a matter of chance, so the threads' own buffers are not all
+            // there after the same step; but once they are, nothing is allocated any more.
+            let mut quiet_steps = 0;
+            for step in 0..40 {
                 let before = LARGE.load(Ordering::Relaxed);
                 worker.step(&mut comm, step, false).unwrap();
                 let large = LARGE.load(Ordering::Relaxed) - before;
-                assert_eq!(large, 0, "step {step}, {micro_batches} micro-batches");
+                assert!(step > 0 || large > 0, "the counter counts");
+                quiet_steps = if large == 0 { quiet_steps + 1 } else { 0 };
+                if quiet_steps == 4 {
+                    break;
+                }
             }
+            assert_eq!(quiet_steps, 4, "{micro_batches} micro-batches: steps go on allocating");
         }
     }
 }

@@ -214,7 +214,7 @@ impl MpiEngine {
 
     fn try_start(&mut self, operation: Operation) -> Result<(), Fault> {
         match operation {
-            Operation::AllToAll { index, exchange } => {
+            Operation::AllToAll { index, exchange, .. } => {
                 let place = (self.all_to_all, self.exchanges.next(), self.rank);
                 let launched = self.now_on_first();
                 let op = ExchangeOp::start((index, exchange), place, launched, &mut self.requests)?;

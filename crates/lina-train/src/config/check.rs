@@ -166,6 +166,7 @@ fn link_key(message: &str) -> &'static str {
         "cluster.link.gbps",
         "cluster.link.inner_gbps",
         "cluster.link.latency_us",
+        "cluster.link.message_us",
         "cluster.link.launch_us",
         "cluster.link.nodes",
     ];

@@ -203,6 +203,10 @@ pub struct LinkConfig {
     pub latency_us: f64,
     /// Time that launching one operation takes, in microseconds.
     pub launch_us: f64,
+    /// Time for which a message between nodes occupies each of their interfaces besides its bytes, in microseconds; by
+    /// default 0.
+    #[serde(default)]
+    pub message_us: f64,
     /// Number of nodes; by default every rank is one.
     pub nodes: Option<usize>,
     /// Rate of each rank's link inside its node, each way, in Gbit/s; by default `gbps`.
@@ -216,6 +220,7 @@ impl LinkConfig {
             gbps: self.gbps,
             latency_us: self.latency_us,
             launch_us: self.launch_us,
+            message_us: self.message_us,
             nodes: self.nodes.unwrap_or(ranks),
             inner_gbps: self.inner_gbps.unwrap_or(self.gbps),
         }
