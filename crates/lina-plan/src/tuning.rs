@@ -51,12 +51,12 @@ impl Change {
     /// In the order in which they are tried: what gains most comes first.
     const ALL: [Change; 7] = [
         Change::Suggested,
+        Change::Hierarchical,
         Change::MoreChunks,
         Change::FewerChunks,
         Change::DeferAttention,
-        Change::SmallerPartition,
         Change::LargerPartition,
-        Change::Hierarchical,
+        Change::SmallerPartition,
     ];
 
     /// `settings` with the change; the same where there is nothing to change.

@@ -162,7 +162,7 @@ fn check_cluster(config: &RunConfig) -> Check {
 
 /// The key of `cluster.link` that a sentence about it begins with.
 fn link_key(message: &str) -> &'static str {
-    const KEYS: [&str; 5] = [
+    const KEYS: [&str; 6] = [
         "cluster.link.gbps",
         "cluster.link.inner_gbps",
         "cluster.link.latency_us",
