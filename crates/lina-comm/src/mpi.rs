@@ -1,7 +1,7 @@
 //! The engine on MPI: one process a rank, started by `mpirun` or `srun`.
 //!
 //! The communication thread initialises MPI, owns every handle and finalises it (`handles`). Collectives are made of
-//! nonblocking messages in place: all-to-alls (`exchange`) and direct reduce-scatters with all-gathers (`reduction`),
+//! nonblocking messages in place: all-to-alls (`exchange`, `relay`) and direct reduce-scatters with all-gathers (`reduction`),
 //! summed in rank order, so that results are those of [`local`](crate::local) to the bit. Each class of operation has a
 //! communicator of its own, allreduces one for each group. `patience` says how MPI is kept moving without taking a core
 //! from the computation, `heartbeat` finds ranks that have died or fallen silent, `start` how ranks meet.
@@ -12,6 +12,7 @@ mod handles;
 mod heartbeat;
 mod patience;
 mod reduction;
+mod relay;
 mod start;
 
 use std::io;
@@ -35,6 +36,8 @@ pub type LastWords = fn(&CommError);
 pub struct MpiConfig {
     /// Number of ranks that the job is laid out for.
     pub ranks: usize,
+    /// Number of nodes, which ranks fill in order, evenly.
+    pub nodes: usize,
     /// Members of each reduction group, ascending; group 0 is all ranks.
     pub groups: Vec<Vec<usize>>,
     /// How long the others wait for a rank before the job ends.
@@ -65,7 +68,10 @@ pub enum MpiStartError {
     #[error("engine mpi cannot start: {0}")]
     Broken(String),
     /// The launcher started another number of ranks.
-    #[error("MPI started {found} rank(s), expected {expected}, the number that the job is laid out for")]
+    #[error(
+        "MPI started {found} rank(s), expected {expected}, the number that the job is laid out for, as \
+         `mpirun -np {expected}` does"
+    )]
     OtherRanks {
         /// Number that MPI started.
         found: usize,

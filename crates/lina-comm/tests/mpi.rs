@@ -2,9 +2,10 @@
 //! rank says when one is lost. The test starts itself under `mpirun`; where there is none, it says so and passes.
 #![cfg(feature = "mpi")]
 
+mod launcher;
+
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::Write;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -13,13 +14,24 @@ use lina_comm::mpi::{MpiConfig, MpiJob, MpiStartError};
 use lina_comm::*;
 use lina_plan::{Launch, Policy, PolicyRules, PolicySettings};
 
+use launcher::{say, setting};
+
 const LAYERS: u32 = 3;
 const GRADIENT: usize = 1003;
 const REPLICATED: usize = 301;
 const DELAYS: Delays = Delays { seed: 5, max_us: 300 };
 
 fn rules(policy: Policy) -> PolicyRules {
-    PolicyRules::new(policy, &PolicySettings { bucket_bytes: 6000, partition_bytes: 1500, pipeline_chunks: 2 })
+    PolicyRules::new(
+        policy,
+        &PolicySettings {
+            bucket_bytes: 6000,
+            partition_bytes: 1500,
+            pipeline_chunks: 2,
+            hierarchical_all_to_all: policy == Policy::LinaAuto,
+            ..PolicySettings::default()
+        },
+    )
 }
 
 /// Ranks 1 and 2 hold an expert together.
@@ -113,16 +125,6 @@ fn on_threads(ranks: usize, policy: Policy, steps: u64) -> Vec<String> {
     data.iter().zip(&logs).enumerate().map(|(rank, (&data, log))| line(rank, data, log)).collect()
 }
 
-/// The setting of a run under `mpirun`, from its variables.
-fn setting(name: &str) -> Option<String> {
-    std::env::var(format!("LINA_MPI_TEST_{name}")).ok()
-}
-
-/// A line of its own in one write: the ranks' outputs are merged, after what the test harness has begun.
-fn say(line: &str) {
-    std::io::stdout().write_all(format!("\n{line}\n").as_bytes()).unwrap();
-}
-
 /// The sentence of a rank that has lost another.
 fn last_words(error: &CommError) {
     static SAID: AtomicBool = AtomicBool::new(false);
@@ -144,6 +146,7 @@ fn rank_program() {
     let identity = if number("DIFFERENT") == launched { "steps = 2" } else { "steps = 1" };
     let config = MpiConfig {
         ranks,
+        nodes: number("NODES").map_or(ranks, |nodes| nodes as usize),
         groups: groups(ranks),
         timeout: Duration::from_millis(number("TIMEOUT_MS").unwrap_or(20_000)),
         identity: identity.to_owned(),
@@ -178,50 +181,14 @@ fn rank_program() {
 }
 
 fn mpirun(ranks: usize, policy: Policy, steps: u64, more: &[(&str, &str)]) -> Option<Output> {
-    if !Command::new("mpirun")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|s| s.success())
-    {
-        eprintln!("skipped: no mpirun on PATH (Debian and Ubuntu: openmpi-bin)");
-        return None;
-    }
-    let mut command = Command::new("mpirun");
-    command.args([
-        "--oversubscribe",
-        "--bind-to",
-        "none",
-        "--mca",
-        "btl",
-        "tcp,self",
-        "--mca",
-        "btl_tcp_if_include",
-        "lo",
-    ]);
-    command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
-    command.env("LINA_MPI_TEST_POLICY", policy.name());
-    command.env("LINA_MPI_TEST_RANKS", ranks.to_string()).env("LINA_MPI_TEST_STEPS", steps.to_string());
-    for (name, value) in more {
-        command.env(format!("LINA_MPI_TEST_{name}"), value);
-    }
-    // A launcher that loses a rank terminates the others, which are to speak first.
-    let program = std::env::current_exe().unwrap();
-    command.args(["-np", &ranks.to_string(), "sh", "-c", "trap '' TERM; exec \"$0\" \"$@\""]).arg(program);
-    Some(command.args(["--exact", "rank_program", "--nocapture", "--test-threads", "1"]).output().unwrap())
+    let (count, steps) = (ranks.to_string(), steps.to_string());
+    let settings = [("POLICY", policy.name()), ("RANKS", &count), ("STEPS", &steps)];
+    launcher::mpirun(ranks, "rank_program", &[&settings, more].concat())
 }
 
 /// The lines that the ranks printed, sorted.
 fn lines(output: &Output) -> Vec<String> {
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let mut lines: Vec<String> = text
-        .lines()
-        .filter(|line| ["rank ", "start: ", "ended: "].iter().any(|head| line.starts_with(head)))
-        .map(str::to_owned)
-        .collect();
-    lines.sort();
-    lines
+    launcher::lines(output, &["rank ", "start: ", "ended: "])
 }
 
 #[test]
@@ -234,6 +201,18 @@ fn results_and_launches_are_those_of_threads_to_the_bit() {
             lines.iter().map(|line| line.split(',').next().unwrap_or_default().to_owned()).collect()
         };
         assert_eq!(data(&found), data(&on_threads(ranks, policy, 4)), "{policy}: {output:?}");
+    }
+}
+
+/// Through nodes, in two steps, as much arrives as straight.
+#[test]
+fn the_hierarchical_way_brings_the_same_data() {
+    for (ranks, nodes) in [(4, "2"), (6, "2"), (6, "3")] {
+        let Some(output) = mpirun(ranks, Policy::LinaAuto, 6, &[("NODES", nodes), ("DELAYS", "1")]) else { return };
+        let data = |lines: &[String]| -> Vec<String> {
+            lines.iter().map(|line| line.split(',').next().unwrap_or_default().to_owned()).collect()
+        };
+        assert_eq!(data(&lines(&output)), data(&on_threads(ranks, Policy::Lina, 6)), "{nodes} nodes: {output:?}");
     }
 }
 

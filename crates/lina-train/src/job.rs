@@ -166,7 +166,8 @@ mod tests {
 
     /// Runs `rank_main` on ranks that are real threads, then on emulated ones, and returns both errors.
     fn fail(rank_main: impl Fn(&mut Comm) -> Result<(), TrainError> + Sync) -> [TrainError; 2] {
-        let link = LinkConfig { gbps: 1.0, latency_us: 1.0, launch_us: 1.0, nodes: None, inner_gbps: None };
+        let link =
+            LinkConfig { gbps: 1.0, latency_us: 1.0, launch_us: 1.0, message_us: 0.0, nodes: None, inner_gbps: None };
         let local = ClusterConfig { ranks: RANKS, ..ClusterConfig::default() };
         let emulated = ClusterConfig { link: Some(link), device: Some(DeviceConfig { gflops: 1.0 }), ..local.clone() };
         [local, emulated].map(|cluster| {

@@ -33,6 +33,7 @@ pub(crate) fn run<R>(
 ) -> Result<JobOutcome<R>, TrainError> {
     let config = MpiConfig {
         ranks: experts.ranks(),
+        nodes: cluster.node_count(),
         groups: experts.groups().to_vec(),
         timeout: Duration::from_secs_f64(cluster.timeout_s),
         identity: format!("lina {}\n{identity}", env!("CARGO_PKG_VERSION")),

@@ -5,12 +5,12 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lina_plan::GroupId;
+use lina_plan::{GroupId, Relays, Route};
 use mpi::environment::Universe;
 
 use super::MpiConfig;
 use super::exchange::ExchangeOp;
-use super::handles::{Communicator, Done, Fault, Requests, Route};
+use super::handles::{Address, Communicator, Done, Fault, Requests};
 use super::heartbeat::Heartbeat;
 use super::patience::Patience;
 use super::reduction::{Pool, ReductionOp};
@@ -36,18 +36,19 @@ pub(super) struct Label {
 }
 
 /// An operation exchanges messages of up to two kinds: an all-to-all its announcements and its data, an allreduce its
-/// shares and its sums, a closing sum its values.
+/// shares and its sums, a closing sum its values. A hierarchical all-to-all has a third: data to be passed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
     First,
     FirstSent,
     Second,
     SecondSent,
+    Transit,
 }
 
 impl Part {
     fn is_received(self) -> bool {
-        matches!(self, Part::First | Part::Second)
+        matches!(self, Part::First | Part::Second | Part::Transit)
     }
 }
 
@@ -113,6 +114,8 @@ pub(super) struct MpiEngine {
     rank: usize,
     ranks: usize,
     members: Arc<Vec<Vec<usize>>>,
+    /// Where all-to-alls may go through nodes.
+    relays: Option<Relays>,
     timeout: Duration,
     epoch: Instant,
     clock_offset: i64,
@@ -143,6 +146,7 @@ impl MpiEngine {
         let mut engine = MpiEngine {
             rank,
             ranks: config.ranks,
+            relays: Relays::new(config.ranks, config.nodes),
             timeout: config.timeout,
             epoch,
             clock_offset,
@@ -194,9 +198,11 @@ impl MpiEngine {
         self.epoch.elapsed().as_nanos() as i64 + self.clock_offset
     }
 
-    /// A moment on rank 0's clock as one of this rank's.
+    /// A moment in the past on rank 0's clock as one of this rank's. Clocks are set with an error, on a busy machine with
+    /// a large one, so that a message may seem to come from the future.
     fn instant(&self, on_first: i64) -> Instant {
-        self.epoch + Duration::from_nanos((on_first - self.clock_offset).max(0) as u64)
+        let instant = self.epoch + Duration::from_nanos((on_first - self.clock_offset).max(0) as u64);
+        instant.min(Instant::now())
     }
 
     fn fail_here(&mut self, Fault(sentence): Fault) {
@@ -214,10 +220,11 @@ impl MpiEngine {
 
     fn try_start(&mut self, operation: Operation) -> Result<(), Fault> {
         match operation {
-            Operation::AllToAll { index, exchange, .. } => {
+            Operation::AllToAll { index, exchange, route } => {
                 let place = (self.all_to_all, self.exchanges.next(), self.rank);
                 let launched = self.now_on_first();
-                let op = ExchangeOp::start((index, exchange), place, launched, &mut self.requests)?;
+                let relays = self.relays.filter(|_| route == Route::ThroughNode);
+                let op = ExchangeOp::start((index, exchange), relays, place, launched, &mut self.requests)?;
                 self.exchanges.push(op);
                 self.send_exchanges()
             }
@@ -231,6 +238,9 @@ impl MpiEngine {
 
     /// Sends the data of every all-to-all whose turn it is.
     fn send_exchanges(&mut self) -> Result<(), Fault> {
+        for op in self.exchanges.iter_mut() {
+            op.pass_on(&mut self.requests)?;
+        }
         for op in self.exchanges.iter_mut() {
             op.send(&mut self.requests)?;
             if !op.has_sent() {
@@ -267,7 +277,7 @@ impl MpiEngine {
         let received = (0..self.ranks).map(|_| vec![0.0; values.len() + 1]).collect();
         let mut op = ControlOp { values, received, under_way: 0 };
         for peer in (0..self.ranks).filter(|&peer| peer != self.rank) {
-            let route = Route { communicator: self.control, peer, tag: (sequence % (1 << 14)) as i32 };
+            let route = Address { communicator: self.control, peer, tag: (sequence % (1 << 14)) as i32 };
             let label = |part| Label { channel: Channel::Control, sequence, peer, part };
             // SAFETY: neither vector is resized before the operation is done; if it never is, it is leaked with MPI.
             unsafe {

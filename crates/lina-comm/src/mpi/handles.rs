@@ -100,6 +100,10 @@ impl Communicator {
         let code = unsafe { ffi::MPI_Bcast((&raw mut len).cast::<c_void>(), 1, ffi::RSMPI_UINT64_T, 0, self.0) };
         checked("MPI_Bcast", code)?;
         bytes.resize(len as usize, 0);
+        if bytes.is_empty() {
+            // The pointer of an empty vector is none that MPI accepts.
+            return Ok(());
+        }
         // SAFETY: `bytes` has the length that rank 0 sends.
         let code =
             unsafe { ffi::MPI_Bcast(bytes.as_mut_ptr().cast::<c_void>(), len as c_int, ffi::RSMPI_UINT8_T, 0, self.0) };
@@ -164,7 +168,7 @@ impl Communicator {
 
 /// Where a message goes to or comes from.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Route {
+pub(super) struct Address {
     pub(super) communicator: Communicator,
     /// The peer's rank in the communicator.
     pub(super) peer: usize,
@@ -213,7 +217,7 @@ impl<T: Copy> Requests<T> {
     ///
     /// # Safety
     /// The memory must stay where it is, unchanged, until all are done or MPI is never called again.
-    pub(super) unsafe fn send<V>(&mut self, values: &[V], route: Route, label: T) -> Result<usize, Fault> {
+    pub(super) unsafe fn send<V>(&mut self, values: &[V], route: Address, label: T) -> Result<usize, Fault> {
         let bytes = size_of_val(values);
         let starts = (0..bytes).step_by(self.max_message_bytes);
         let messages = starts.len();
@@ -234,7 +238,7 @@ impl<T: Copy> Requests<T> {
     ///
     /// # Safety
     /// The memory must stay where it is, and be touched by nobody, until all are done or MPI is never called again.
-    pub(super) unsafe fn receive<V>(&mut self, values: &mut [V], route: Route, label: T) -> Result<usize, Fault> {
+    pub(super) unsafe fn receive<V>(&mut self, values: &mut [V], route: Address, label: T) -> Result<usize, Fault> {
         let bytes = size_of_val(values);
         let starts = (0..bytes).step_by(self.max_message_bytes);
         let messages = starts.len();

@@ -10,7 +10,7 @@ use std::ops::Range;
 use lina_plan::share_range;
 
 use super::engine::{Label, Part};
-use super::handles::{Communicator, Fault, Requests, Route};
+use super::handles::{Address, Communicator, Fault, Requests};
 use crate::driver::Reduction;
 use crate::wire::Channel;
 
@@ -101,8 +101,8 @@ impl ReductionOp {
         (1..members).map(move |distance| (member + distance) % members)
     }
 
-    fn route(&self, peer: usize, half: c_int) -> Route {
-        Route { communicator: self.communicator, peer, tag: (self.number % (1 << 13)) as c_int * 2 + half }
+    fn route(&self, peer: usize, half: c_int) -> Address {
+        Address { communicator: self.communicator, peer, tag: (self.number % (1 << 13)) as c_int * 2 + half }
     }
 
     fn label(&self, peer: usize, part: Part) -> Label {
@@ -132,7 +132,7 @@ impl ReductionOp {
     fn send_range(
         &mut self,
         peer: usize,
-        route: Route,
+        route: Address,
         part: Part,
         pool: &mut Pool,
         requests: &mut Requests<Label>,
@@ -217,6 +217,7 @@ impl ReductionOp {
                 }
             }
             Part::SecondSent => self.sums_sending -= 1,
+            Part::Transit => unreachable!("allreduces pass nothing on"),
         }
         self.sum_if_ready(pool, requests)
     }

@@ -130,6 +130,15 @@ fn check_cluster(config: &RunConfig) -> Check {
         timeout_s,
         format_args!("a number of seconds above 0 and up to {MAX_TIMEOUT_S}"),
     )?;
+    if let Some(nodes) = cluster.nodes {
+        within("cluster.nodes", nodes, 1..=cluster.ranks)?;
+        if cluster.link.is_some() {
+            return problem(
+                "cluster.nodes",
+                "`cluster.nodes` is set, but on an emulated cluster `cluster.link.nodes` says it".to_owned(),
+            );
+        }
+    }
     if let Some(limit_gib) = cluster.memory_limit_gib {
         require(positive(limit_gib), "cluster.memory_limit_gib", limit_gib, "a number of GiB above 0")?;
     }

@@ -204,6 +204,7 @@ fn impossible_values_are_refused() {
     check_set("data.files=[]", "`data.files` is empty, expected at least one path or glob");
     check_set("data.eval_fraction=1.0", "`data.eval_fraction` is 1, expected a number of at least 0 and below 1");
     check_set("cluster.ranks=0", "`cluster.ranks` is 0, expected a number from 1 to 1024");
+    check_set("cluster.nodes=9", "`cluster.nodes` is 9, expected a number from 1 to 1");
     check_set("cluster.timeout_s=0", "`cluster.timeout_s` is 0, expected a number of seconds above 0 and up to 86400");
     check_set("cluster.memory_limit_gib=0", "`cluster.memory_limit_gib` is 0, expected a number of GiB above 0");
     check_set("cluster.experts_per_rank=5", "`cluster.experts_per_rank` is 5, expected a number from 1 to 4");
