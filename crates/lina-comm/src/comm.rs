@@ -5,7 +5,11 @@ use std::sync::Arc;
 
 use lina_plan::{GapPlan, GapTimings, GroupId, LinkUse, MoeShape, Nanos, PolicyRules};
 
-use crate::{CommError, Exchange, SharedBuffer, Span, Work, buffer::Region, solo::Solo, stats::StepStats};
+use crate::buffer::Region;
+use crate::copies::{CopyDirection, CopyLanes, CopyTicket, CopyTimes, HostCopy};
+use crate::solo::Solo;
+use crate::stats::StepStats;
+use crate::{CommError, Exchange, SharedBuffer, Span, Work};
 
 /// An all-to-all under way; give it to [`Comm::wait`].
 #[derive(Debug, PartialEq, Eq)]
@@ -47,6 +51,12 @@ pub(crate) enum Submission {
 pub(crate) trait Port: Send {
     fn now(&self) -> Nanos;
     fn work(&mut self, work: Work) -> Result<(), CommError>;
+    /// Ends the announced computation; when that was.
+    fn end_work(&mut self) -> Nanos;
+    /// Notes a copy that runs beside everything else.
+    fn copied(&mut self, copy: &HostCopy, times: CopyTimes);
+    /// Waits for the moment at which copies end.
+    fn wait_copies(&mut self, end: Nanos) -> Result<(), CommError>;
     fn submit(&mut self, submission: Submission) -> Result<(), CommError>;
     fn wait_all_to_all(&mut self, index: u32) -> Result<Exchange, CommError>;
     /// Waits for every gradient of the step.
@@ -86,6 +96,8 @@ pub struct Comm {
     timings: GapTimings,
     /// From the timings that all ranks agreed on last.
     link_use: Option<LinkUse>,
+    /// Where the device is an emulated one with memory of its own.
+    copies: Option<CopyLanes>,
 }
 
 impl Comm {
@@ -108,6 +120,7 @@ impl Comm {
             reduces: true,
             timings: GapTimings::default(),
             link_use: None,
+            copies: None,
         }
     }
 
@@ -143,6 +156,29 @@ impl Comm {
     /// If the job has failed elsewhere.
     pub fn work(&mut self, work: Work) -> Result<(), CommError> {
         self.port.work(work)
+    }
+
+    /// From now on, copies between the device's memory and its host's take their bytes over `gbps` Gbit/s each way.
+    /// Before, they take no time: a processor computes from its host's memory.
+    pub fn emulate_copies(&mut self, gbps: f64) {
+        self.copies = Some(CopyLanes::new(gbps));
+    }
+
+    /// Begins a copy as soon as those before it in its direction are done; returns at once. The computation that was
+    /// announced last is over then.
+    pub fn copy(&mut self, copy: HostCopy) -> CopyTicket {
+        let Some(lanes) = &mut self.copies else { return CopyTicket(0) };
+        let times = lanes.begin(self.port.end_work(), &copy);
+        self.port.copied(&copy, times);
+        CopyTicket(times.end)
+    }
+
+    /// Waits for a copy.
+    ///
+    /// # Errors
+    /// If the job has failed elsewhere.
+    pub fn wait_copy(&mut self, ticket: CopyTicket) -> Result<(), CommError> {
+        if self.copies.is_some() { self.port.wait_copies(ticket.0) } else { Ok(()) }
     }
 
     /// Hands over one all-to-all micro-op; returns at once. Launches at once under every policy. Every ticket is waited
@@ -234,13 +270,18 @@ impl Comm {
         self.port.submit(Submission::BeginMicroBatch { last })
     }
 
-    /// Says that backward is over, and waits for every gradient of the step.
+    /// Says that backward is over, and waits for every gradient of the step, those on their way to host memory
+    /// included.
     ///
     /// # Errors
     /// If a rank fails or falls silent.
     pub fn finish_gradients(&mut self) -> Result<(), CommError> {
         self.port.submit(Submission::Flush)?;
-        self.port.wait_gradients()
+        self.port.wait_gradients()?;
+        match &self.copies {
+            Some(lanes) => self.port.wait_copies(lanes.free(CopyDirection::ToHost)),
+            None => Ok(()),
+        }
     }
 
     /// Sums `values` over all ranks, in rank order, the same bits on all: norms, losses, flags. The step's timings

@@ -19,6 +19,7 @@ use lina_plan::{GapTimings, GroupId, Launch, Nanos, PolicyRules, Route};
 
 use crate::bound::{ProgramOp, StepBound, makespan};
 use crate::comm::{Port, Submission};
+use crate::copies::{CopyTimes, HostCopy};
 use crate::delay::Delays;
 use crate::driver::{Driver, Operation, Reduction};
 use crate::transfer::{check_exchanges, check_reductions, exchange_all, sum_control, sum_pieces};
@@ -558,6 +559,27 @@ impl Port for EmulatedPort {
                 let details = SpanDetails { layer: work.layer, part: (0, 0), start, end, bytes: 0 };
                 state.span(rank, Lane::Compute, WorkKind::name(work.kind), details);
             }
+        })
+    }
+
+    fn end_work(&mut self) -> Nanos {
+        self.now()
+    }
+
+    fn copied(&mut self, copy: &HostCopy, times: CopyTimes) {
+        let CopyTimes { start, end } = times;
+        let mut state = self.shared.lock();
+        let state = &mut state.ranks[self.rank];
+        state.stats.copied(end - start, copy.bytes);
+        let details = SpanDetails { layer: Some(copy.layer), part: (0, 0), start, end, bytes: copy.bytes };
+        state.span(self.rank, Lane::Copy, copy.direction.name(), details);
+    }
+
+    fn wait_copies(&mut self, end: Nanos) -> Result<(), CommError> {
+        self.update(|state, rank| {
+            let state = &mut state.ranks[rank];
+            state.stats.copy_blocked += end.saturating_sub(state.clock);
+            state.clock = state.clock.max(end);
         })
     }
 

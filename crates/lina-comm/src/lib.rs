@@ -14,6 +14,7 @@
 mod bound;
 mod buffer;
 mod comm;
+mod copies;
 mod delay;
 mod driver;
 pub mod emulated;
@@ -34,6 +35,7 @@ mod work;
 pub use bound::StepBound;
 pub use buffer::SharedBuffer;
 pub use comm::{Comm, GradientRegion, Ticket};
+pub use copies::{CopyDirection, CopyTicket, HostCopy};
 pub use delay::Delays;
 pub use error::CommError;
 pub use exchange::Exchange;

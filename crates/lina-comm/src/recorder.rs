@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use lina_plan::Nanos;
 
+use crate::copies::{CopyTimes, HostCopy};
 use crate::{Lane, Span, StepStats, Work};
 
 pub(crate) struct ComputeClock {
@@ -85,6 +86,34 @@ impl ComputeClock {
                 end,
                 bytes: 0,
             });
+        }
+    }
+
+    /// Notes a copy, with the times that an emulated device gives it.
+    pub(crate) fn copied(&mut self, copy: &HostCopy, times: CopyTimes) {
+        self.stats.copied(times.end - times.start, copy.bytes);
+        if self.recording {
+            self.spans.push(Span {
+                rank: self.rank,
+                lane: Lane::Copy,
+                name: copy.direction.name(),
+                step: self.step,
+                layer: Some(copy.layer),
+                part: (0, 0),
+                start: times.start,
+                end: times.end,
+                bytes: copy.bytes,
+            });
+        }
+    }
+
+    /// Sleeps until copies have ended.
+    pub(crate) fn wait_copies(&mut self, end: Nanos) {
+        self.end_work();
+        let now = self.now();
+        if now < end {
+            std::thread::sleep(Duration::from_nanos(end - now));
+            self.stats.copy_blocked += self.now() - now;
         }
     }
 

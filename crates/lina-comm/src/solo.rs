@@ -6,6 +6,7 @@ use std::time::Instant;
 use lina_plan::{GapTimings, Nanos};
 
 use crate::comm::{Port, Submission};
+use crate::copies::{CopyTimes, HostCopy};
 use crate::recorder::ComputeClock;
 use crate::{CommError, Exchange, Span, StepStats, Work};
 
@@ -31,6 +32,20 @@ impl Port for Solo {
 
     fn work(&mut self, work: Work) -> Result<(), CommError> {
         self.clock.begin_work(work);
+        Ok(())
+    }
+
+    fn end_work(&mut self) -> Nanos {
+        self.clock.end_work();
+        self.clock.now()
+    }
+
+    fn copied(&mut self, copy: &HostCopy, times: CopyTimes) {
+        self.clock.copied(copy, times);
+    }
+
+    fn wait_copies(&mut self, end: Nanos) -> Result<(), CommError> {
+        self.clock.wait_copies(end);
         Ok(())
     }
 

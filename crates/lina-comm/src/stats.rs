@@ -36,6 +36,13 @@ pub struct StepStats {
     pub all_reduce_alone: Nanos,
     /// Bytes this rank sent in all-to-alls.
     pub all_to_all_bytes: u64,
+    /// Copies between the device's memory and its host's ran, each direction counted by itself; 0 where no device with
+    /// memory of its own is emulated.
+    pub copy: Nanos,
+    /// The compute thread waited for copies.
+    pub copy_blocked: Nanos,
+    /// Bytes of those copies.
+    pub copy_bytes: u64,
     /// Time the brain took to decide, on the wall clock.
     pub deciding_wall: Nanos,
 }
@@ -55,7 +62,7 @@ impl StepStats {
     }
 
     /// Every field, so that none is forgotten.
-    fn fields(&mut self) -> [&mut u64; 16] {
+    fn fields(&mut self) -> [&mut u64; 19] {
         let StepStats {
             step,
             compute,
@@ -72,6 +79,9 @@ impl StepStats {
             all_reduce,
             all_reduce_alone,
             all_to_all_bytes,
+            copy,
+            copy_blocked,
+            copy_bytes,
             deciding_wall,
         } = self;
         [
@@ -90,6 +100,9 @@ impl StepStats {
             all_reduce,
             all_reduce_alone,
             all_to_all_bytes,
+            copy,
+            copy_blocked,
+            copy_bytes,
             deciding_wall,
         ]
     }
@@ -103,6 +116,11 @@ impl StepStats {
             self.ffn += duration;
             self.ffn_micro_ops += 1;
         }
+    }
+
+    pub(crate) fn copied(&mut self, duration: Nanos, bytes: u64) {
+        self.copy += duration;
+        self.copy_bytes += bytes;
     }
 
     pub(crate) fn exchanged(&mut self, kind: &AllToAllKind, duration: Nanos, alone: Nanos, sent_bytes: u64) {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use lina_plan::{GapTimings, Launch, Nanos};
 
 use crate::comm::{Port, Submission};
+use crate::copies::{CopyTimes, HostCopy};
 use crate::delay::Delays;
 use crate::driver::{Driver, Operation, Reduction};
 use crate::recorder::ComputeClock;
@@ -198,6 +199,20 @@ impl Port for ThreadedPort {
         Ok(())
     }
 
+    fn end_work(&mut self) -> Nanos {
+        self.clock.end_work();
+        self.clock.now()
+    }
+
+    fn copied(&mut self, copy: &HostCopy, times: CopyTimes) {
+        self.clock.copied(copy, times);
+    }
+
+    fn wait_copies(&mut self, end: Nanos) -> Result<(), CommError> {
+        self.clock.wait_copies(end);
+        Ok(())
+    }
+
     fn submit(&mut self, submission: Submission) -> Result<(), CommError> {
         self.clock.end_work();
         let mut mail = self.mailbox.lock();
@@ -244,7 +259,8 @@ impl Port for ThreadedPort {
     }
 
     fn stats(&self) -> StepStats {
-        let StepStats { step, compute, expert, ffn, ffn_micro_ops, .. } = self.clock.stats();
+        let StepStats { step, compute, expert, ffn, ffn_micro_ops, copy, copy_blocked, copy_bytes, .. } =
+            self.clock.stats();
         let (all_to_all_blocked, all_reduce_blocked) = self.blocked;
         StepStats {
             step,
@@ -254,6 +270,9 @@ impl Port for ThreadedPort {
             ffn_micro_ops,
             all_to_all_blocked,
             all_reduce_blocked,
+            copy,
+            copy_blocked,
+            copy_bytes,
             ..self.mailbox.lock().stats
         }
     }

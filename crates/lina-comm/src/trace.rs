@@ -14,6 +14,8 @@ pub enum Lane {
     AllToAll,
     /// The allreduce channel.
     AllReduce,
+    /// Copies between the device's memory and its host's.
+    Copy,
 }
 
 /// One thing a rank did, on one lane, on the body's clock (virtual where emulated).
@@ -35,7 +37,7 @@ pub struct Span {
     pub start: Nanos,
     /// End.
     pub end: Nanos,
-    /// Bytes that this rank sent, for communication.
+    /// Bytes that this rank sent, for communication; that were copied, for copies.
     pub bytes: u64,
 }
 
@@ -60,7 +62,7 @@ impl Span {
         let name: Vec<u8> = name.iter().map(|&letter| letter as u8).collect();
         Span {
             rank: rank as u32,
-            lane: [Lane::Compute, Lane::AllToAll, Lane::AllReduce][(lane as usize).min(2)],
+            lane: [Lane::Compute, Lane::AllToAll, Lane::AllReduce, Lane::Copy][(lane as usize).min(3)],
             name: interned(&String::from_utf8_lossy(&name)),
             step,
             layer: layer.checked_sub(1).map(|layer| layer as u32),

@@ -2,7 +2,7 @@
 
 use lina_comm::{Comm, CommError, SharedBuffer, WeightGradients, WorkKind};
 use lina_kernels::{self as kernels, Compute, IGNORED, Mat, MatMut, RotaryTable};
-use lina_plan::ExpertLayout;
+use lina_plan::{ExpertLayout, Residency};
 
 use crate::attention::{Attention, AttentionScratch};
 use crate::batch::{Batch, ForwardOutput, LoadedBatch, StepContext, StepError};
@@ -12,6 +12,7 @@ use crate::moe::{LayerRouting, Moe, MoeShared};
 use crate::norm::Norm;
 use crate::params::{ParameterLayout, Parameters};
 use crate::pass::{BackwardStream, Pass, product_flops};
+use crate::waiting::WaitingExperts;
 
 /// Sizes that buffers are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,6 +150,12 @@ impl Model {
         self.experts = experts;
     }
 
+    /// Says, between two passes, which layers' experts wait in host memory from now on; at first none do. On a device
+    /// whose copies are emulated ([`Comm::emulate_copies`]) passes then take the time of those copies, or hide it.
+    pub fn set_residency(&mut self, residency: Residency) {
+        self.moe.waiting = WaitingExperts::new(residency);
+    }
+
     /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -218,6 +225,7 @@ impl Model {
         let elements = pass.tokens() * config.hidden;
         let dense = &parameters.dense;
 
+        moe.waiting.begin(pass.comm, layout);
         pass.work(WorkKind::Embedding, None, 0)?;
         let embedded = &mut residual[0][..elements];
         kernels::embedding_forward(compute, &dense[layout.embedding.clone()], &pass.batch.input, embedded);

@@ -30,6 +30,7 @@ mod norm;
 mod params;
 mod pass;
 mod routing;
+mod waiting;
 
 pub use batch::{Batch, ForwardOutput, StepContext, StepError};
 pub use checkpoint::{Checkpoint, CheckpointError, FolderWriter};

@@ -30,6 +30,7 @@ use crate::jitter;
 use crate::norm::Norm;
 use crate::pass::Pass;
 use crate::routing::{ChunkPlan, Routes, RoutingPlan};
+use crate::waiting::WaitingExperts;
 
 /// One MoE layer: what its forward leaves for its backward.
 #[derive(Debug)]
@@ -115,6 +116,8 @@ pub(crate) struct MoeShared {
     rows_limit: usize,
     /// Reduction group of each expert's gradients.
     groups: Vec<Option<GroupId>>,
+    /// Experts that are not on the device all the time.
+    pub waiting: WaitingExperts,
     pub ffn: FfnScratch,
     pub exchanges: ExchangePool,
     /// `[tokens, hidden]`: the gate's input with jitter.
@@ -137,6 +140,7 @@ impl MoeShared {
             shape: ExpertShape::new(config),
             rows_limit,
             groups: (0..config.experts).map(|expert| layout.group(expert)).collect(),
+            waiting: WaitingExperts::default(),
             ffn: FfnScratch::default(),
             exchanges: ExchangePool::default(),
             gate_input: vec![0.0; gate_input],

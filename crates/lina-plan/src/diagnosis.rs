@@ -9,8 +9,10 @@ use serde::Serialize;
 
 use crate::median;
 
-/// How many times slower than others a rate or a computation has to be.
+/// How many times slower than others a rate between hosts has to be.
 const SLOWER: f64 = 1.5;
+/// The same of computation: ranks that share cores do not always get the same of them.
+const COMPUTES_SLOWER: f64 = 2.0;
 /// The same of rates inside one host, where messages are copies in memory, and of round trips, where a sleeping thread
 /// may be woken late.
 const MUCH_SLOWER: f64 = 3.0;
@@ -146,7 +148,7 @@ fn slow_computation(measured: &PairMeasurements) -> Vec<Finding> {
         return Vec::new();
     }
     let reference = median(gflops.iter().copied());
-    let slow: Vec<usize> = (0..gflops.len()).filter(|&rank| gflops[rank] * SLOWER < reference).collect();
+    let slow: Vec<usize> = (0..gflops.len()).filter(|&rank| gflops[rank] * COMPUTES_SLOWER < reference).collect();
     let mut findings: Vec<Finding> = Vec::new();
     for &rank in &slow {
         let host = measured.hosts[rank];
@@ -320,7 +322,7 @@ mod tests {
         fn a_rank_that_computes_slowly_is_blamed((hosts, noise) in jobs(3), which in 0_usize..18) {
             let slow = which % hosts.len();
             let mut measured = alike(&hosts, &noise);
-            measured.compute_gflops[slow] /= 2.0;
+            measured.compute_gflops[slow] /= 3.0;
             prop_assert_eq!(kinds(&measured), vec![(Place::Rank(slow), None, None)]);
         }
     }
@@ -361,7 +363,7 @@ mod tests {
     fn a_host_whose_ranks_all_compute_slowly() {
         let mut measured = alike(&[0, 0, 1, 1, 2, 2], &[1.0]);
         measured.compute_gflops[2] = 10.0;
-        measured.compute_gflops[3] = 20.0;
+        measured.compute_gflops[3] = 15.0;
         assert_eq!(diagnose(&measured), vec![Finding::Computes { place: Place::Host(1), times: 4.0 }]);
     }
 

@@ -14,6 +14,7 @@
 //! | which rank holds which expert? | [`ExpertLayout`] |
 //! | how many experts does a rank hold? | [`PackingController`] |
 //! | who passes on what in an all-to-all through nodes? | [`Relays`] |
+//! | whose experts wait in host memory? | [`Residency`] |
 //! | which sizes suit this job? | [`Tuner`] |
 //! | which rank, host or link is slow? | [`diagnose`] |
 //! | which tokens are in which pipeline chunk? | [`chunk_range`] |
@@ -26,6 +27,7 @@ mod operation;
 mod packing;
 mod policy;
 mod relay;
+mod residency;
 mod sequencer;
 mod split;
 mod tuning;
@@ -40,6 +42,7 @@ pub use policy::{
     AllReduceUnit, GapRule, MoeShape, Policy, PolicyRules, PolicySettings, Route, Schedule, WeightGradients,
 };
 pub use relay::Relays;
+pub use residency::{DeviceMemory, Residency};
 pub use sequencer::{Launch, Sequencer};
 pub use split::{chunk_range, share_range};
 pub use tuning::{TUNING_STEPS, Tuner, TuningSample};

@@ -21,9 +21,11 @@ pub struct PolicyRow {
     pub speedup_vs_fair: Option<f64>,
     /// Share of the step in which the compute lane waits for all-to-all, 0 to 1.
     pub a2a_share: f64,
-    /// Median time of a backward all-to-all, first launch to last completion.
+    /// Median time that a step's backward all-to-alls are on the wire, each from the moment when all ranks had launched
+    /// it to its completion.
     pub a2a_backward_ms_median: f64,
-    /// The same with the link to itself; absent if not measured.
+    /// The same with the link to themselves: known exactly where emulated, else the median of steps in which allreduces
+    /// wait for the end of backward; absent where nothing is exchanged.
     pub a2a_backward_alone_ms: Option<f64>,
     /// The former over the latter.
     pub a2a_slowdown: Option<f64>,
@@ -37,6 +39,13 @@ pub struct PolicyRow {
     pub bound_ms: Option<f64>,
     /// Median step over the larger of `bound_ms` and the busiest link's time.
     pub ratio_to_bound: Option<f64>,
+    /// Largest allreduce micro-op; absent under policies that do not cut gradients.
+    pub partition_bytes: Option<usize>,
+    /// Chunks of each exchange of an MoE layer.
+    pub pipeline_chunks: usize,
+    /// Share of the all-to-alls' time in which the rank computes, 0 to 1, median (the paper's pipelining efficiency);
+    /// absent where nothing is exchanged.
+    pub pipelining_efficiency: Option<f64>,
 }
 
 /// A policy comparison for a terminal: a sentence on what the times are, then a row per policy.
@@ -122,6 +131,9 @@ pub(crate) mod tests {
             blocked_ms_median: 10.0,
             bound_ms: None,
             ratio_to_bound: None,
+            partition_bytes: None,
+            pipeline_chunks: 2,
+            pipelining_efficiency: Some(0.6),
         }
     }
 
@@ -161,7 +173,10 @@ lina          2     18.5     20.4      1.57x      31.4 %      5.0 %     10.0    
                 "allreduce_share",
                 "blocked_ms_median",
                 "bound_ms",
-                "ratio_to_bound"
+                "ratio_to_bound",
+                "partition_bytes",
+                "pipeline_chunks",
+                "pipelining_efficiency"
             ]
         );
         assert!(json["bound_ms"].is_null());

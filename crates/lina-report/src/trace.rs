@@ -24,11 +24,13 @@ pub enum Lane {
     AllToAll,
     /// An allreduce micro-op on the wire.
     AllReduce,
+    /// A copy between the device's memory and its host's.
+    Copy,
 }
 
 impl Lane {
     /// All lanes, in the order in which they are shown.
-    pub const ALL: [Lane; 3] = [Lane::Compute, Lane::AllToAll, Lane::AllReduce];
+    pub const ALL: [Lane; 4] = [Lane::Compute, Lane::AllToAll, Lane::AllReduce, Lane::Copy];
 
     /// The lane's name as people read it.
     pub fn name(self) -> &'static str {
@@ -36,6 +38,7 @@ impl Lane {
             Lane::Compute => "compute",
             Lane::AllToAll => "all-to-all",
             Lane::AllReduce => "allreduce",
+            Lane::Copy => "copy",
         }
     }
 
@@ -114,7 +117,7 @@ impl TraceWriter {
     pub fn write(&mut self, spans: &[TraceSpan]) -> Result<(), ReportError> {
         let Self { file, emulated, rows } = self;
         for span in in_lane_order(spans) {
-            let first_of_rank = rows.range((span.rank, Lane::Compute)..=(span.rank, Lane::AllReduce)).next().is_none();
+            let first_of_rank = rows.range((span.rank, Lane::Compute)..=(span.rank, Lane::Copy)).next().is_none();
             let packer = rows.entry((span.rank, span.lane)).or_insert_with(|| RowPacker::new(span.lane.nests()));
             let known_rows = packer.rows();
             let row = packer.place(span.start_ns, span.end_ns);
@@ -352,7 +355,7 @@ mod tests {
                 (0..200)
                     .map(|_| {
                         let start = batch * 1000 + next(1000);
-                        span(next(2) as u32, Lane::ALL[next(3) as usize], "x", start, start + next(90))
+                        span(next(2) as u32, Lane::ALL[next(4) as usize], "x", start, start + next(90))
                     })
                     .collect()
             })

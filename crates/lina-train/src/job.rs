@@ -46,7 +46,7 @@ pub(crate) fn run_job<R: Send>(
     let mut emulated = None;
     // Held until all ranks have ended.
     let mut _local = None;
-    let comms = match cluster.emulation().map_err(TrainError::input)? {
+    let mut comms = match cluster.emulation().map_err(TrainError::input)? {
         Some((topology, gflops)) => {
             let body = EmulatedCluster::new(EmulatedConfig {
                 topology,
@@ -69,6 +69,7 @@ pub(crate) fn run_job<R: Send>(
             comms
         }
     };
+    comms.iter_mut().for_each(|comm| emulate_copies(cluster, comm));
     let results: Vec<Result<R, TrainError>> = std::thread::scope(|scope| {
         let rank_main = &rank_main;
         let threads: Vec<_> = comms
@@ -107,6 +108,13 @@ pub(crate) fn run_job<R: Send>(
     }
     let bounds = emulated.map(|cluster| cluster.take_bounds()).unwrap_or_default();
     Ok(JobOutcome { ranks: outcome, bounds })
+}
+
+/// Gives the rank's device memory of its own, where the configuration does.
+pub(crate) fn emulate_copies(cluster: &ClusterConfig, comm: &mut Comm) {
+    if let Some(device) = cluster.device.filter(|device| device.memory_gib.is_some()) {
+        comm.emulate_copies(device.copy_gbps());
+    }
 }
 
 /// Runs `rank_main` on its rank, and tells the other ranks if it fails.
@@ -169,7 +177,8 @@ mod tests {
         let link =
             LinkConfig { gbps: 1.0, latency_us: 1.0, launch_us: 1.0, message_us: 0.0, nodes: None, inner_gbps: None };
         let local = ClusterConfig { ranks: RANKS, ..ClusterConfig::default() };
-        let emulated = ClusterConfig { link: Some(link), device: Some(DeviceConfig { gflops: 1.0 }), ..local.clone() };
+        let device = DeviceConfig { gflops: 1.0, memory_gib: None, copy_gbps: None };
+        let emulated = ClusterConfig { link: Some(link), device: Some(device), ..local.clone() };
         [local, emulated].map(|cluster| {
             let experts = ExpertLayout::new(RANKS, RANKS, None).unwrap();
             let rules = PolicyRules::new(Policy::Fair, &PolicySettings::default());

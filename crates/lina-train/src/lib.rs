@@ -9,6 +9,7 @@
 //! | which rank holds which experts as the run goes on? | `packing` |
 //! | how do policies compare? | [`bench_train`] (`bench`) |
 //! | how does a step compare with its matrix products? | [`bench_compute`] (`compute`) |
+//! | which rank, host or link is slow? | [`diagnose_ranks`] (`diagnose`) |
 //! | does it fit? | [`MemoryPlan`] (`memory`) |
 
 mod adaptation;
@@ -19,6 +20,7 @@ mod checkpoint;
 mod compute;
 mod config;
 mod data;
+mod diagnose;
 mod error;
 mod eval;
 mod gather;
@@ -32,17 +34,19 @@ mod optimizer;
 mod outputs;
 mod packing;
 mod panics;
+mod residency;
 mod run_folder;
 mod stop;
 mod train;
 mod worker;
 
-pub use bench::{BenchOptions, BenchSummary, bench_train};
+pub use bench::{BenchOptions, BenchSummary, Studies, bench_train};
 pub use compute::{ComputeSummary, bench_compute};
 pub use config::{
     BenchConfig, ClusterConfig, ConfigError, DeviceConfig, Engine, LinkConfig, Override, PolicyConfig, RunConfig,
     TrainConfig,
 };
+pub use diagnose::{PairMeasured, RankDiagnosis, RankMeasured, diagnose_ranks};
 pub use error::TrainError;
 pub use eval::{EvalOptions, EvalSummary, eval};
 pub use launcher::{launched_rank, launched_ranks};

@@ -15,7 +15,7 @@ const PROCESS_BYTES: u64 = 24 << 20;
 /// Parts that grow with the rows that a rank is sent. The model's own plan takes them to be the same on all ranks;
 /// routers that have not learned yet are far from it, and buffers stay as large as they once had to be: half as much
 /// again, as measured in the first steps of models with 8 experts on 4 ranks.
-const UNEVEN_PARTS: [&str; 2] = ["expert activations", "exchange buffers"];
+pub(crate) const UNEVEN_PARTS: [&str; 2] = ["expert activations", "exchange buffers"];
 
 /// The predicted memory of all ranks of this process, part by part.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -137,7 +137,7 @@ fn limit(configured_bytes: Option<u64>) -> Option<(u64, &'static str)> {
     }
 }
 
-fn mib(bytes: u64) -> String {
+pub(crate) fn mib(bytes: u64) -> String {
     format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20))
 }
 

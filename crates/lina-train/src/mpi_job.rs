@@ -9,7 +9,7 @@ use lina_plan::{ExpertLayout, PolicyRules};
 
 use crate::TrainError;
 use crate::config::ClusterConfig;
-use crate::job::{JobOutcome, run_rank};
+use crate::job::{JobOutcome, emulate_copies, run_rank};
 
 /// What to say when the job is lost while this rank computes.
 static LAST_WORDS: OnceLock<fn(&CommError)> = OnceLock::new();
@@ -44,6 +44,7 @@ pub(crate) fn run<R>(
         log_launches: false,
     };
     let (_, mut comm) = MpiJob::start(config, rules).map_err(TrainError::input)?;
+    emulate_copies(cluster, &mut comm);
     let rank = comm.rank();
     let result = run_rank(rank, &mut comm, &rank_main);
     // What is left to do needs no other rank.

@@ -28,6 +28,10 @@ struct MetricsLine {
     a2a_bytes: u64,
     allreduce_ms: f64,
     allreduce_blocked_ms: f64,
+    /// Copies between host memory and an emulated device with too little memory for all experts.
+    copy_ms: f64,
+    copy_blocked_ms: f64,
+    copy_bytes: u64,
     /// Wall-clock time of the brain's decisions on rank 0, in microseconds.
     deciding_us: f64,
     /// Largest over mean of the experts' assignments, worst layer.
@@ -122,7 +126,7 @@ impl Observer {
             step,
             compute_ms: ms(stats.compute),
             a2a_blocked_ms: ms(stats.all_to_all_blocked),
-            other_blocked_ms: ms(stats.all_reduce_blocked),
+            other_blocked_ms: ms(stats.all_reduce_blocked + stats.copy_blocked),
         });
         let expert_imbalance = self.expert_load(step, model);
         if let Some(metrics) = &mut self.metrics {
@@ -143,6 +147,9 @@ impl Observer {
                 a2a_bytes: stats.all_to_all_bytes,
                 allreduce_ms: ms(stats.all_reduce),
                 allreduce_blocked_ms: ms(stats.all_reduce_blocked),
+                copy_ms: ms(stats.copy),
+                copy_blocked_ms: ms(stats.copy_blocked),
+                copy_bytes: stats.copy_bytes,
                 deciding_us: stats.deciding_wall as f64 / 1e3,
                 expert_imbalance,
                 experts_per_rank: model.expert_layout().most_per_rank(),

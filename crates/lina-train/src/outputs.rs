@@ -5,9 +5,7 @@ use std::path::Path;
 use lina_comm::{Lane, Span};
 use lina_model::ParameterLayout;
 use lina_plan::ExpertLayout;
-use lina_report::{
-    ExpertLoad, LossCurve, PolicyComparison, Report, RunFacts, Timeline, TraceFacts, TraceSpan, TraceWriter,
-};
+use lina_report::{ExpertLoad, LossCurve, Report, RunFacts, Timeline, TraceFacts, TraceSpan, TraceWriter};
 
 use crate::TrainError;
 use crate::bench::BenchSummary;
@@ -22,6 +20,7 @@ pub(crate) fn write_outputs(
     record: &RunRecord,
     spans: &[Span],
     bench: Option<&BenchSummary>,
+    network: Option<&str>,
 ) -> Result<(), TrainError> {
     let emulated = config.is_emulated();
     let spans: Vec<TraceSpan> = spans.iter().map(trace_span).collect();
@@ -47,6 +46,7 @@ pub(crate) fn write_outputs(
         more.push(("emulated link".to_owned(), format!("{} Gbit/s, {} us", link.gbps, link.latency_us)));
         more.push(("emulated device".to_owned(), format!("{} GFLOP/s", device.gflops)));
     }
+    more.extend(network.map(|sentence| ("network".to_owned(), sentence.to_owned())));
     let report = Report {
         title: format!("{} training", config.model.kind),
         facts: RunFacts {
@@ -67,11 +67,8 @@ pub(crate) fn write_outputs(
             layers: record.expert_load.clone(),
         }),
         timeline,
-        policies: bench.map(|bench| PolicyComparison {
-            rows: bench.policies.clone(),
-            emulated: bench.emulated,
-            link_bound_ms: bench.link_bound_ms,
-        }),
+        policies: bench.map(BenchSummary::comparison),
+        tables: bench.map(BenchSummary::tables).unwrap_or_default(),
     };
     report.write(out.join("report.html"))?;
     Ok(())
@@ -90,6 +87,7 @@ fn trace_span(span: &Span) -> TraceSpan {
             Lane::Compute => lina_report::Lane::Compute,
             Lane::AllToAll => lina_report::Lane::AllToAll,
             Lane::AllReduce => lina_report::Lane::AllReduce,
+            Lane::Copy => lina_report::Lane::Copy,
         },
         name,
         step: span.step as u32,
@@ -101,7 +99,7 @@ fn trace_span(span: &Span) -> TraceSpan {
 }
 
 /// All parameters, and those that one token uses.
-fn parameter_counts(config: &RunConfig) -> (u64, u64) {
+pub(crate) fn parameter_counts(config: &RunConfig) -> (u64, u64) {
     let model = &config.model;
     let layout = ParameterLayout::new(model, &[]);
     let experts = |of_each_layer: usize| (model.moe_layers() * of_each_layer * layout.expert_elements()) as u64;

@@ -16,6 +16,7 @@ use crate::TrainError;
 use crate::config::RunConfig;
 use crate::memory::MemoryPlan;
 use crate::optimizer::Moments;
+use crate::residency::{fits_devices, residency, sentence};
 use crate::worker::Worker;
 
 /// What of packing is in a checkpoint, so that a run goes on exactly.
@@ -50,6 +51,7 @@ impl PackingPlan {
         let fits = |change: &[ExpertLayout]| {
             let moving_bytes = moving_bytes(config, &change[0], &change[1]);
             MemoryPlan::new(config, &change[1], data_bytes).fits(moving_bytes, limit_bytes)
+                && fits_devices(config, &change[1])
         };
         let fitting = 1 + changes.take_while(|change| fits(change)).count();
         let same_ranks = |state: &&PackingState| state.ranks == config.cluster.ranks;
@@ -131,6 +133,7 @@ impl Packing {
             return Ok(None);
         }
         let moved = worker.repack(comm, self.layout(), steps)?;
+        let waiting = sentence(worker.config, self.layout()).map_or_else(String::new, |waiting| format!("; {waiting}"));
         let ms = |nanos: f64| nanos / 1e6;
         let reason = if self.controller.rests() {
             "the change before made steps slower".to_owned()
@@ -142,7 +145,7 @@ impl Packing {
             )
         };
         Ok(Some(format!(
-            "step {steps}: packing goes from {before} to {} experts a rank, since {reason}; moving them took {:.2} ms",
+            "step {steps}: packing goes from {before} to {} experts a rank, since {reason}; moving them took {:.2} ms{waiting}",
             self.layout().most_per_rank(),
             ms(moved as f64)
         )))
@@ -204,6 +207,7 @@ impl Worker<'_> {
         comm.set_groups(new.groups())?;
         let [weights, first, second] = buffers;
         self.model.set_experts(new.clone(), weights);
+        self.model.set_residency(residency(self.config, new, rank)?);
         self.optimizer.set_experts(&self.model, Moments { first, second });
         Ok(took)
     }

@@ -13,12 +13,14 @@ use crate::bench::{BenchPlan, BenchSummary, Sample, prepared_worker, samples_of_
 use crate::checkpoint::{self, TrainerState};
 use crate::config::{Engine, RunConfig};
 use crate::data::{LoadedData, load_data};
+use crate::diagnose::network_sentence;
 use crate::gather::gather_spans;
 use crate::job::{JobOutcome, run_job};
 use crate::memory::{MemoryPlan, peak_rss_bytes};
 use crate::observer::{Observer, RunRecord};
 use crate::outputs::write_outputs;
 use crate::packing::{Packing, PackingPlan};
+use crate::residency;
 use crate::run_folder;
 use crate::stop::StopFlag;
 use crate::worker::Worker;
@@ -67,6 +69,8 @@ pub struct TrainSummary {
     pub checkpoint: Option<PathBuf>,
     /// Whether times are virtual.
     pub emulated: bool,
+    /// What ranks measured of each other after the last step, where they are processes and there is a run directory.
+    pub network: Option<String>,
     /// The policies side by side, where the configuration asks for it.
     pub bench: Option<BenchSummary>,
 }
@@ -80,6 +84,7 @@ struct RankOutcome {
     /// At the end of the training.
     layout: ExpertLayout,
     settings: PolicySettings,
+    network: Option<String>,
     record: Option<RunRecord>,
     steps: u64,
     checkpoint: Option<PathBuf>,
@@ -135,6 +140,9 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
             let metrics = out.as_deref().map(|out| run_folder::prepare(out, &config, first_step)).transpose()?;
             let started = Observer::new(&config, metrics, first_step, quiet);
             started.note(&memory.sentence());
+            if let Some(waiting) = residency::sentence(&config, &experts) {
+                started.note(&waiting);
+            }
             observer = Some(started);
         }
         let packing = packing.as_ref().map(|plan| plan.start(comm, first_step)).transpose()?;
@@ -155,10 +163,10 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
         .filter(|_| samples.iter().any(|of_rank| !of_rank.is_empty()))
         .map(|plan| plan.summarise(&config, &samples, &bounds));
     let spans: Vec<Span> = ranks.iter_mut().flat_map(|rank| std::mem::take(&mut rank.spans)).collect();
-    let RankOutcome { record, steps, checkpoint, interrupted, layout, settings, .. } = ranks.swap_remove(0);
+    let RankOutcome { record, steps, checkpoint, interrupted, layout, settings, network, .. } = ranks.swap_remove(0);
     let record = record.unwrap_or_default();
     if let Some(out) = out.as_ref().filter(|_| config.cluster.leads()) {
-        write_outputs(out, &config, &experts, &record, &spans, bench.as_ref())?;
+        write_outputs(out, &config, &experts, &record, &spans, bench.as_ref(), network.as_deref())?;
     }
     if interrupted {
         return Err(TrainError::Interrupted { step: steps, checkpoint });
@@ -178,6 +186,7 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
         out,
         checkpoint,
         emulated: config.is_emulated(),
+        network,
         bench,
     })
 }
@@ -252,7 +261,8 @@ impl Run<'_> {
             spans = gather_spans(comm, spans)?;
         }
         let settings = *adaptation.settings();
-        Ok(RankOutcome { spans, samples, layout, settings, record, steps: done, checkpoint, interrupted })
+        let network = if self.out.is_some() && !interrupted { network_sentence(self.config, comm)? } else { None };
+        Ok(RankOutcome { network, spans, samples, layout, settings, record, steps: done, checkpoint, interrupted })
     }
 
     fn evaluate(

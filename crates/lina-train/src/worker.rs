@@ -9,6 +9,7 @@ use lina_plan::{ExpertLayout, Nanos, PACKING_VALUES, PackingSample, share_range}
 use crate::TrainError;
 use crate::config::RunConfig;
 use crate::optimizer::{AdamW, learning_rate};
+use crate::residency::residency;
 
 /// What a step came to: the same on all ranks, except `stats`.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +33,7 @@ pub(crate) struct StepOutcome {
 }
 
 pub(crate) struct Worker<'a> {
-    config: &'a RunConfig,
+    pub(crate) config: &'a RunConfig,
     data: &'a TrainingData,
     rank: usize,
     ranks: usize,
@@ -71,8 +72,10 @@ impl<'a> Worker<'a> {
         let ranks = experts.ranks();
         let compute = Compute::new(config.cluster.threads_of(ranks));
         let limits = model_limits(config, ranks);
-        let model =
+        let residency = residency(config, experts, rank)?;
+        let mut model =
             Model::new(config.model.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
+        model.set_residency(residency);
         let optimizer = AdamW::new(&model, rank);
         let message = Vec::with_capacity(TOTALS + PACKING_VALUES + optimizer.squares_len());
         Ok(Worker {

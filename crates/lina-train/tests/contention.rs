@@ -9,9 +9,7 @@ fn bench() -> BenchSummary {
     // Paths in examples are relative to the repository.
     std::env::set_current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")).unwrap();
     let config = RunConfig::load(Path::new("examples/contention.toml"), &[]).unwrap();
-    let bench = config.bench_or_default();
-    let options = BenchOptions { config, policies: bench.policies, rounds: bench.rounds, quiet: true };
-    bench_train(options).unwrap()
+    bench_train(BenchOptions::new(config)).unwrap()
 }
 
 fn row<'a>(summary: &'a BenchSummary, policy: &str) -> &'a PolicyRow {

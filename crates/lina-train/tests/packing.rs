@@ -220,9 +220,8 @@ fn a_comparison_unpacks_what_every_rank_holds() {
         "bench.rounds=2",
     ];
     let config = config_of(BASE, &overrides);
-    let bench = config.bench_or_default();
-    let options = BenchOptions { config, policies: bench.policies, rounds: bench.rounds, quiet: true };
-    let experts: Vec<usize> = bench_train(options).unwrap().policies.iter().map(|row| row.experts_per_rank).collect();
+    let experts: Vec<usize> =
+        bench_train(BenchOptions::new(config)).unwrap().policies.iter().map(|row| row.experts_per_rank).collect();
     assert_eq!(experts, [2, 1]);
 }
 
@@ -231,9 +230,7 @@ fn a_comparison_packs_in_its_own_row_only() {
     let mut config =
         config_of(BASE, &["bench.policies=[\"lina+packing\",\"lina\",\"fair\"]", "bench.steps=2", "bench.rounds=2"]);
     config.policy.packing = false;
-    let bench = config.bench_or_default();
-    let options = BenchOptions { config, policies: bench.policies, rounds: bench.rounds, quiet: true };
-    let summary = bench_train(options).unwrap();
+    let summary = bench_train(BenchOptions::new(config)).unwrap();
     let experts: Vec<usize> = summary.policies.iter().map(|row| row.experts_per_rank).collect();
     assert!(experts[0] > 1 && experts[1..] == [1, 1], "{experts:?}");
     assert!(row(&summary, "lina+packing").step_ms_median < row(&summary, "lina").step_ms_median);
@@ -251,9 +248,7 @@ fn packing_removes_the_exchanges_between_nodes() {
     let data = format!("data.files={}", repository.join("examples/data/synthetic.txt").display());
     let overrides = [Override::set(&data).unwrap()];
     let config = RunConfig::load(&repository.join("examples/packing.toml"), &overrides).unwrap();
-    let bench = config.bench_or_default();
-    let options = BenchOptions { config, policies: bench.policies, rounds: bench.rounds, quiet: true };
-    let summary = bench_train(options).unwrap();
+    let summary = bench_train(BenchOptions::new(config)).unwrap();
     println!("{}\nexperts' feed-forward: {:.3} of fair's step", summary.table(), summary.expert_share);
     assert!(summary.emulated);
     let (fair, lina, packed) = (row(&summary, "fair"), row(&summary, "lina"), row(&summary, "lina+packing"));

@@ -74,7 +74,8 @@ pub(crate) enum Command {
     /// Measures the loss of a model on a text.
     #[command(after_help = EVAL_EXAMPLES)]
     Eval(EvalArguments),
-    /// Says what this machine has, and what each engine lacks.
+    /// Says what this machine has and what each engine lacks, or which rank, host or link of a job is slow.
+    #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArguments),
 }
 
@@ -110,11 +111,23 @@ const BENCH_TRAIN_EXAMPLES: &str = "\
 Examples:
   lina bench train examples/quickstart.toml
   lina bench train examples/quickstart.toml --policies fair,lina --set cluster.link.gbps=10 --json
-  lina bench train examples/packing.toml --policies fair,lina,lina+packing";
+  lina bench train examples/packing.toml --policies fair,lina,lina+packing
+The paper's ablation, the sweep of partition sizes and pipelining efficiency, with pictures:
+  lina bench train examples/packing.toml --ablation --partition-sweep --pipelining --out runs/bench
+  lina bench train examples/contention.toml --policies fair,lina --partition-sweep=16384,32768,65536";
 
 const BENCH_COMPUTE_EXAMPLES: &str = "\
 Example:
   lina bench compute examples/compute.toml --rounds 5";
+
+const DOCTOR_EXAMPLES: &str = "\
+With --engine, every two ranks are measured in turn: the round trip of a small message and the rate of
+a large one each way, besides each rank's rate of matrix products while all compute. What is much
+slower than most is named.
+
+Examples:
+  lina doctor
+  mpirun -np 4 --bind-to none lina doctor --engine mpi";
 
 const EVAL_EXAMPLES: &str = "\
 The loss is the mean over consecutive windows of T tokens with T-1 predictions each; a last partial
@@ -197,9 +210,23 @@ pub(crate) struct BenchTrainArguments {
     #[command(flatten)]
     pub(crate) config: ConfigArguments,
     /// Policies to compare, with commas between, `+packing` after a name to pack experts [short for bench.policies;
-    /// default: all, without packing].
+    /// default: fair, priority, fixed, lina].
     #[arg(long, value_name = "P,P,...", value_delimiter = ',')]
     pub(crate) policies: Vec<String>,
+    /// Compares the policies of the paper's ablation, beside the paper's figures.
+    #[arg(long, conflicts_with = "policies")]
+    pub(crate) ablation: bool,
+    /// Measures lina with these largest allreduce micro-ops in bytes too, and lina-auto [without a list: from a quarter
+    /// of policy.partition_bytes to four times as much].
+    #[arg(long, value_name = "BYTES,...", value_delimiter = ',', num_args = 0.., require_equals = true)]
+    pub(crate) partition_sweep: Option<Vec<usize>>,
+    /// Measures how much of the all-to-alls lina computes through, with several numbers of chunks, without and with
+    /// packing.
+    #[arg(long)]
+    pub(crate) pipelining: bool,
+    /// Folder that gets report.html, with pictures, and bench.json [default: none].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
     /// Times that every policy has its turn [short for bench.rounds].
     #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub(crate) rounds: Option<String>,
@@ -250,6 +277,12 @@ pub(crate) struct EvalArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArguments {
+    /// Measures the ranks of a job on this engine against each other: local or, if this build has it, mpi.
+    #[arg(long, value_name = "ENGINE", value_parser = PossibleValuesParser::new(built_engines()))]
+    pub(crate) engine: Option<String>,
+    /// Number of ranks to measure [default: 4, or those that the launcher of engine mpi has started].
+    #[arg(long, value_name = "N", requires = "engine")]
+    pub(crate) ranks: Option<usize>,
     /// Prints one JSON object on stdout instead of text.
     #[arg(long)]
     pub(crate) json: bool,
@@ -268,6 +301,19 @@ mod tests {
     #[test]
     fn arguments_are_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn a_sweep_has_a_list_or_none() {
+        let sizes = |line: &str| match Arguments::try_parse_from(line.split(' ')).unwrap().command {
+            Command::Bench(BenchCommand::Train(bench)) => bench.partition_sweep,
+            _ => panic!("{line}"),
+        };
+        assert_eq!(sizes("lina bench train x.toml"), None);
+        assert_eq!(sizes("lina bench train --partition-sweep x.toml"), Some(vec![]));
+        assert_eq!(sizes("lina bench train --partition-sweep=16,32 x.toml"), Some(vec![16, 32]));
+        let both = "lina bench train x.toml --ablation --policies fair";
+        assert_eq!(Arguments::try_parse_from(both.split(' ')).unwrap_err().kind(), ErrorKind::ArgumentConflict);
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! A call for each command, and its result as JSON or as text.
 
 use std::fmt::Display;
+use std::time::{Duration, Instant};
 
 use lina_train::{
-    BenchOptions, ClusterConfig, ConfigError, Engine, EvalOptions, Override, TrainError, TrainOptions, TrainSummary,
-    bench_compute, bench_train, default_run_folder, eval, launched_ranks, train,
+    BenchOptions, ClusterConfig, ConfigError, Engine, EvalOptions, Override, Studies, TrainError, TrainOptions,
+    TrainSummary, bench_compute, bench_train, default_run_folder, diagnose_ranks, eval, launched_rank, launched_ranks,
+    train,
 };
 
 use crate::arguments::{
@@ -12,6 +14,11 @@ use crate::arguments::{
     OutputArguments, TrainArguments,
 };
 use crate::{doctor, output, signals};
+
+/// Threads that the doctor measures where nobody says how many.
+const DOCTOR_RANKS: usize = 4;
+/// For how long another rank leaves it to rank 0 to say what is wrong.
+const RANK_0_SPEAKS: Duration = Duration::from_secs(2);
 
 /// What the process says and exits with.
 #[derive(Debug)]
@@ -23,6 +30,21 @@ pub(crate) struct Failure {
 impl Failure {
     pub(crate) fn new(message: impl Display, exit_code: u8) -> Self {
         Failure { message: message.to_string(), exit_code }
+    }
+
+    /// What this process has to say. Bad input is mostly the same on all ranks that a launcher has started: rank 0 says
+    /// it, and the launcher ends the others while they wait here. A rank that is still there is alone with its trouble.
+    pub(crate) fn message_of_this_rank(&self) -> Option<String> {
+        let message = Some(self.message.clone()).filter(|message| !message.is_empty())?;
+        let Some(rank) = launched_rank().filter(|&rank| rank > 0 && self.exit_code == 2) else { return Some(message) };
+        let deadline = Instant::now() + RANK_0_SPEAKS;
+        while Instant::now() < deadline {
+            if signals::asked_to_end() {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Some(format!("rank {rank}: {message}"))
     }
 }
 
@@ -96,9 +118,16 @@ fn run_bench_train(arguments: BenchTrainArguments) -> Result<(), Failure> {
         short("--ranks", "cluster.ranks", arguments.ranks.as_deref())?,
         short("--engine", "cluster.engine", arguments.engine.as_deref())?,
     ])?;
-    let bench = config.bench_or_default();
     let OutputArguments { json, quiet } = arguments.output;
-    let options = BenchOptions { config, policies: bench.policies, rounds: bench.rounds, quiet };
+    let mut options = BenchOptions { quiet, out: arguments.out, ..BenchOptions::new(config) };
+    if arguments.ablation {
+        options.policies = Studies::ABLATION.to_vec();
+    }
+    options.studies = Studies {
+        paper: arguments.ablation,
+        partition_sweep: partition_sizes(arguments.partition_sweep)?,
+        pipelining: arguments.pipelining,
+    };
     let leads = options.config.cluster.leads();
     outlive_launcher(&options.config.cluster)?;
     let summary = bench_train(options)?;
@@ -106,6 +135,16 @@ fn run_bench_train(arguments: BenchTrainArguments) -> Result<(), Failure> {
         return Ok(());
     }
     Ok(output::table_or_json(json, quiet, &summary.table(), &summary)?)
+}
+
+/// The sizes of `--partition-sweep`, which must be sizes of something.
+fn partition_sizes(sizes: Option<Vec<usize>>) -> Result<Option<Vec<usize>>, Failure> {
+    if let Some(bytes) = sizes.iter().flatten().find(|&&bytes| bytes < size_of::<f32>()) {
+        let message =
+            format!("--partition-sweep: {bytes} bytes hold no gradient, expected at least {}", size_of::<f32>());
+        return Err(Failure::new(message, 2));
+    }
+    Ok(sizes)
 }
 
 fn run_bench_compute(arguments: BenchComputeArguments) -> Result<(), Failure> {
@@ -118,10 +157,7 @@ fn run_bench_compute(arguments: BenchComputeArguments) -> Result<(), Failure> {
 
 fn run_eval(arguments: EvalArguments) -> Result<(), Failure> {
     let OutputArguments { json, quiet } = arguments.output;
-    let engine = match arguments.engine.as_str() {
-        "mpi" => Engine::Mpi,
-        _ => Engine::Local,
-    };
+    let engine = engine_named(&arguments.engine);
     let ranks = arguments.ranks.or(launched_ranks().filter(|_| engine == Engine::Mpi)).unwrap_or(1);
     let cluster = ClusterConfig { engine, ranks, ..ClusterConfig::default() };
     outlive_launcher(&cluster)?;
@@ -147,11 +183,37 @@ fn run_eval(arguments: EvalArguments) -> Result<(), Failure> {
 }
 
 fn run_doctor(arguments: DoctorArguments) -> Result<(), Failure> {
+    if let Some(engine) = &arguments.engine {
+        let engine = engine_named(engine);
+        return run_rank_doctor(engine, arguments.ranks, arguments.json);
+    }
     let findings = doctor::examine();
     if arguments.json {
         return Ok(output::json(&findings)?);
     }
     Ok(output::text(&findings.to_string())?)
+}
+
+fn run_rank_doctor(engine: Engine, ranks: Option<usize>, json: bool) -> Result<(), Failure> {
+    let ranks = match engine {
+        Engine::Mpi => ranks.or(launched_ranks()).unwrap_or(1),
+        _ => ranks.unwrap_or(DOCTOR_RANKS),
+    };
+    let cluster = ClusterConfig { engine, ranks, ..ClusterConfig::default() };
+    outlive_launcher(&cluster)?;
+    let diagnosis = diagnose_ranks(engine, ranks)?;
+    if !cluster.leads() {
+        return Ok(());
+    }
+    if json {
+        return Ok(output::json(&diagnosis)?);
+    }
+    Ok(output::text(&diagnosis.table())?)
+}
+
+/// The engine of a name that the arguments have been checked for.
+fn engine_named(name: &str) -> Engine {
+    Engine::BUILT.iter().copied().find(|engine| engine.name() == name).unwrap_or(Engine::Local)
 }
 
 /// A launcher that loses a rank terminates the others: they stay long enough to say why.
@@ -185,6 +247,9 @@ fn train_text(summary: &TrainSummary) -> String {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         let predicted = mib(summary.memory.total_bytes);
         lines.push(format!("peak memory    {:.0} MiB, predicted {predicted:.0} MiB", mib(peak_bytes)));
+    }
+    if let Some(network) = &summary.network {
+        lines.push(format!("network        {network}"));
     }
     if let Some(checkpoint) = &summary.checkpoint {
         lines.push(format!("checkpoint     {}", checkpoint.display()));

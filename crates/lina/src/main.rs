@@ -28,8 +28,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            if !failure.message.is_empty() {
-                say_once(&failure.message);
+            if let Some(message) = failure.message_of_this_rank() {
+                say_once(&message);
             }
             #[cfg(feature = "mpi")]
             linger();
@@ -54,10 +54,11 @@ fn last_words(error: &lina_train::CommError) {
     std::process::exit(1);
 }
 
-/// A launcher that ends a job forwards what a rank has said only while the rank lives.
+/// A launcher that ends a job forwards what a rank has said only while the rank lives, and it ends the job when the
+/// first rank exits: by then even a rank in the middle of its computation has spoken.
 #[cfg(feature = "mpi")]
 fn linger() {
     if lina_train::launched_ranks().is_some() {
-        std::thread::sleep(std::time::Duration::from_millis(200));
+        std::thread::sleep(std::time::Duration::from_millis(600));
     }
 }

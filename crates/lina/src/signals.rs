@@ -1,11 +1,21 @@
 //! Ctrl-C and its relatives: the first asks the run to stop in order, the second ends the process.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use lina_train::StopFlag;
 
 use crate::output;
 
 /// What shells report for a process that ctrl-C ended.
 const INTERRUPTED: i32 = 130;
+
+/// Whether a signal has come that was not allowed to end the process.
+static ASKED_TO_END: AtomicBool = AtomicBool::new(false);
+
+/// Whether a signal has asked this process to end.
+pub(crate) fn asked_to_end() -> bool {
+    ASKED_TO_END.load(Ordering::Relaxed)
+}
 
 /// The flag that an interruption, a termination or a hang-up requests from now on.
 ///
@@ -19,6 +29,7 @@ pub(crate) fn stop_on_signals(quiet: bool) -> Result<StopFlag, ctrlc::Error> {
             std::process::exit(INTERRUPTED);
         }
         flag.request();
+        ASKED_TO_END.store(true, Ordering::Relaxed);
         if !quiet {
             output::say("stopping after this step; ctrl-C again stops at once");
         }
@@ -48,11 +59,9 @@ pub(crate) fn report_file_size_limit() -> std::io::Result<()> {
 /// # Errors
 /// If the operating system refuses.
 pub(crate) fn ignore_termination() -> Result<(), ctrlc::Error> {
-    let stop = StopFlag::new();
-    ctrlc::set_handler(move || {
-        if stop.requested() {
+    ctrlc::set_handler(|| {
+        if ASKED_TO_END.swap(true, Ordering::Relaxed) {
             std::process::exit(INTERRUPTED);
         }
-        stop.request();
     })
 }

@@ -64,11 +64,13 @@ impl Moe {
         self.route_backward(pass, shared, parameters, stream.grad_normed)?;
 
         let chunk = &self.plan.chunks[0];
+        shared.waiting.before_use(pass.comm, self.layer)?;
         pass.work(WorkKind::ExpertFfn, Some(self.layer), shared.shape.flops(chunk.received()))?;
         let weights = &parameters.experts[pass.layout.layer_experts(self.layer)];
         let experts = Experts { compute: pass.compute, shape: shared.shape, weights };
         let MoeShared { ffn, grad_outputs, grad_inputs, .. } = shared;
         experts.backward(chunk, &mut self.projected, grad_outputs, ffn, grad_inputs);
+        shared.waiting.after_use(pass.comm, pass.layout, self.layer, Direction::Backward);
         self.weight_gradients(pass, shared, parameters)?;
 
         pass.work(WorkKind::Permute, Some(self.layer), 0)?;
@@ -116,8 +118,9 @@ impl Moe {
         let mut dispatches = Vec::with_capacity(steps.chunks);
         for (number, ticket) in combines.into_iter().enumerate() {
             let chunk = &self.plan.chunks[number];
-            let MoeShared { exchanges, ffn, grad_outputs, shape, .. } = &mut *shared;
+            let MoeShared { exchanges, ffn, grad_outputs, shape, waiting, .. } = &mut *shared;
             receive(pass, exchanges, ticket, self.layer, chunk, grad_outputs)?;
+            waiting.before_use(pass.comm, self.layer)?;
             pass.work(WorkKind::ExpertFfn, Some(self.layer), shape.flops(chunk.received()))?;
             let kind = steps.kind(Leg::Dispatch, number);
             let mut exchange = exchanges.take(kind, width, &chunk.recv_rows, &chunk.send_rows, None);
@@ -125,6 +128,9 @@ impl Moe {
             let experts = Experts { compute: pass.compute, shape: *shape, weights };
             experts.backward(chunk, &mut self.projected, grad_outputs, ffn, &mut exchange.send);
             let last = number + 1 == steps.chunks;
+            if last {
+                waiting.after_use(pass.comm, pass.layout, self.layer, steps.direction);
+            }
             if last && order == WeightGradients::BeforeSend {
                 self.weight_gradients(pass, shared, parameters)?;
             }
@@ -194,10 +200,11 @@ impl Moe {
     fn weight_gradients(
         &self,
         pass: &mut Pass<'_>,
-        shared: &MoeShared,
+        shared: &mut MoeShared,
         parameters: &mut Parameters,
     ) -> Result<(), CommError> {
         let layer_experts = pass.layout.layer_experts(self.layer);
+        shared.waiting.before_gradients(pass.comm, self.layer)?;
         pass.work(WorkKind::ExpertWeightGradient, Some(self.layer), shared.shape.flops(self.plan.rows()))?;
         let Parameters { experts, expert_gradients, .. } = parameters;
         let experts = Experts { compute: pass.compute, shape: shared.shape, weights: &experts[layer_experts.clone()] };
@@ -209,6 +216,7 @@ impl Moe {
             expert_gradients.range_mut(layer_experts),
             pass.accumulate,
         );
+        shared.waiting.after_gradients(pass.comm, pass.layout, self.layer);
         for (expert, group) in shared.groups.iter().enumerate() {
             let Some(group) = *group else { continue };
             let block = pass.layout.expert_block(self.layer, expert);

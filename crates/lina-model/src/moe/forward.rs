@@ -131,8 +131,10 @@ impl Moe {
         let normed = self.norm.output(pass.tokens());
         let inputs = &mut self.inputs[..elements];
         kernels::gather_rows(pass.compute, normed, width, &self.plan.token_of_row, inputs);
+        shared.waiting.before_use(pass.comm, self.layer)?;
         pass.work(WorkKind::ExpertFfn, Some(self.layer), experts.shape.flops(chunk.received()))?;
         experts.forward(chunk, inputs, &mut self.projected, &mut shared.ffn.hidden, returned);
+        shared.waiting.after_use(pass.comm, pass.layout, self.layer, Direction::Forward);
         pass.work(WorkKind::Permute, Some(self.layer), 0)?;
         let gate_weight = &self.gate_weight[..self.plan.position.len()];
         kernels::combine_rows(pass.compute, &returned[..elements], width, &self.plan.position, gate_weight, y);
@@ -147,7 +149,7 @@ impl Moe {
         y: &mut [f32],
     ) -> Result<(), CommError> {
         let (width, top_k, tokens) = (pass.config.hidden, pass.config.top_k, pass.tokens());
-        let MoeShared { exchanges, ffn, .. } = shared;
+        let MoeShared { exchanges, ffn, waiting, .. } = shared;
         let steps = Steps { direction: Direction::Forward, layer: self.layer, chunks: self.plan.chunks.len() };
 
         let mut dispatches = Vec::with_capacity(steps.chunks);
@@ -165,6 +167,7 @@ impl Moe {
         for (number, ticket) in dispatches.into_iter().enumerate() {
             let chunk = &self.plan.chunks[number];
             receive(pass, exchanges, ticket, self.layer, chunk, &mut self.inputs)?;
+            waiting.before_use(pass.comm, self.layer)?;
             pass.work(WorkKind::ExpertFfn, Some(self.layer), experts.shape.flops(chunk.received()))?;
             let kind = steps.kind(Leg::Combine, number);
             let returned = &mut self.returned[number];
@@ -172,6 +175,7 @@ impl Moe {
             experts.forward(chunk, &self.inputs, &mut self.projected, &mut ffn.hidden, &mut exchange.send);
             combines.push(pass.comm.all_to_all(exchange)?);
         }
+        waiting.after_use(pass.comm, pass.layout, self.layer, steps.direction);
 
         for (number, ticket) in combines.into_iter().enumerate() {
             let exchange = pass.comm.wait(ticket)?;

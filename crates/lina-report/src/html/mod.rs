@@ -7,6 +7,7 @@ mod expert_load;
 mod loss;
 mod policies;
 mod step_time;
+mod studies;
 mod svg;
 mod timeline;
 
@@ -14,6 +15,7 @@ pub use expert_load::{ExpertLoad, LayerLoad};
 pub use loss::LossCurve;
 pub use policies::PolicyComparison;
 pub use step_time::StepTime;
+pub use studies::BenchTables;
 pub use timeline::Timeline;
 
 use std::fmt::Write as _;
@@ -68,6 +70,8 @@ pub struct Report {
     pub timeline: Option<Timeline>,
     /// Policies side by side.
     pub policies: Option<PolicyComparison>,
+    /// What was measured beside that.
+    pub tables: BenchTables,
 }
 
 impl Report {
@@ -84,8 +88,12 @@ impl Report {
         );
         self.header(&mut page, &title);
         self.figures(&mut page);
+        let [paper, partition_sweep, pipelining] = self.tables.sections();
         let sections = [
             self.policies.as_ref().and_then(PolicyComparison::section),
+            paper,
+            partition_sweep,
+            pipelining,
             self.loss.as_ref().and_then(LossCurve::section),
             step_time::section(&self.step_times),
             self.timeline.as_ref().and_then(Timeline::section),
@@ -206,7 +214,7 @@ impl Section {
 mod tests {
     use super::*;
     use crate::policy::tests::row;
-    use crate::{Lane, TraceSpan};
+    use crate::{Lane, PaperRow, TraceSpan};
 
     fn full() -> Report {
         let span = |rank, lane, start_ns, end_ns| TraceSpan {
@@ -252,13 +260,18 @@ mod tests {
                 emulated: true,
                 link_bound_ms: Some(12.0),
             }),
+            tables: BenchTables {
+                paper: PaperRow::beside(&[row("fair", 29.0), row("li<na", 18.0)], 8),
+                partition_sweep: vec![row("lina-auto<", 18.0)],
+                pipelining: vec![row("li<na", 18.0)],
+            },
         }
     }
 
     #[test]
     fn every_section_is_there_and_all_text_is_escaped() {
         let page = full().render();
-        for id in ["policies", "loss", "step-time", "timeline", "experts"] {
+        for id in ["policies", "paper", "partition-sweep", "pipelining", "loss", "step-time", "timeline", "experts"] {
             assert_eq!(page.matches(&format!("<section id=\"{id}\">")).count(), 1, "{id}");
         }
         assert!(page.contains("<h1>a &lt;b&gt; &amp; &quot;c&quot;<span class=\"badge\""));

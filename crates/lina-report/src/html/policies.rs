@@ -42,7 +42,7 @@ impl PolicyComparison {
 
     fn bars(&self, longest_ms: f64) -> String {
         let bottom = 8.0 + SLOT * self.rows.len() as f64;
-        let plot = Plot { left: 110.0, right: WIDTH - 130.0, top: 8.0, bottom };
+        let plot = Plot { left: 150.0, right: WIDTH - 130.0, top: 8.0, bottom };
         let x = Scale::new((0.0, longest_ms), (plot.left, plot.right));
         let mut out = svg::legend(&[
             ("compute", "step, median"),

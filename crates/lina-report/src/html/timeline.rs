@@ -44,7 +44,9 @@ impl Timeline {
         }
 
         let plot_height = chart.bottom - TOP;
-        let mut body = svg::legend(&Lane::ALL.map(|lane| (class(lane), lane.name())));
+        let copies = self.spans.iter().any(|span| span.lane == Lane::Copy);
+        let lanes = Lane::ALL.into_iter().filter(|&lane| copies || lane != Lane::Copy);
+        let mut body = svg::legend(&lanes.map(|lane| (class(lane), lane.name())).collect::<Vec<_>>());
         body.push_str(
             "<div class=\"zoom\"><button type=\"button\" data-zoom=\"2\" title=\"Zoom in\">+</button>\
              <button type=\"button\" data-zoom=\"0.5\" title=\"Zoom out\">−</button>\
@@ -164,6 +166,7 @@ fn class(lane: Lane) -> &'static str {
         Lane::Compute => "compute",
         Lane::AllToAll => "all-to-all",
         Lane::AllReduce => "allreduce",
+        Lane::Copy => "copy",
     }
 }
 

@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use lina_net::Topology;
 use lina_plan::ExpertLayout;
 
-use super::{Engine, RunConfig};
+use super::{DeviceConfig, Engine, RunConfig};
 use crate::launcher::launched_ranks;
 
 /// Something impossible, and the key to blame, so that the place can be looked up.
@@ -154,9 +154,7 @@ fn check_cluster(config: &RunConfig) -> Check {
             "`cluster.link` is set, but the network of engine `mpi` is a real one; remove it, as --set cluster.link= does"
                 .to_owned(),
         ),
-        (None, Some(device)) if engine == Engine::Mpi => {
-            require(positive(device.gflops), "cluster.device.gflops", device.gflops, "a number above 0")
-        }
+        (None, Some(device)) if engine == Engine::Mpi => check_device(device),
         (Some(_), None) => problem("cluster.link", missing_half("link", "device")),
         (None, Some(_)) => problem("cluster.device", missing_half("device", "link")),
         (None, None) => Ok(()),
@@ -164,8 +162,20 @@ fn check_cluster(config: &RunConfig) -> Check {
             if let Err(error) = Topology::new(link.resolve(cluster.ranks), cluster.ranks) {
                 return problem(link_key(&error.message), format!("cluster.{error}"));
             }
-            require(positive(device.gflops), "cluster.device.gflops", device.gflops, "a number above 0")
+            check_device(device)
         }
+    }
+}
+
+fn check_device(device: &DeviceConfig) -> Check {
+    let DeviceConfig { gflops, memory_gib, copy_gbps } = *device;
+    require(positive(gflops), "cluster.device.gflops", gflops, "a number above 0")?;
+    if let Some(memory_gib) = memory_gib {
+        require(positive(memory_gib), "cluster.device.memory_gib", memory_gib, "a number of GiB above 0")?;
+    }
+    match copy_gbps {
+        Some(gbps) => require(positive(gbps), "cluster.device.copy_gbps", gbps, "a number of Gbit/s above 0"),
+        None => Ok(()),
     }
 }
 

@@ -189,7 +189,7 @@ impl ClusterConfig {
 
     /// `memory_limit_gib` in bytes.
     pub fn memory_limit_bytes(&self) -> Option<u64> {
-        self.memory_limit_gib.map(|limit_gib| (limit_gib * (1u64 << 30) as f64) as u64)
+        self.memory_limit_gib.map(gib_to_bytes)
     }
 }
 
@@ -233,6 +233,30 @@ impl LinkConfig {
 pub struct DeviceConfig {
     /// Floating-point operations a second of its matrix products, in units of 10⁹.
     pub gflops: f64,
+    /// Memory of each rank's device, in GiB; by default all that a rank needs. Where it is too little, experts of some
+    /// layers wait in the host's memory and are copied when they are needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_gib: Option<f64>,
+    /// Rate of copies between the device's memory and its host's, each way, in Gbit/s; by default 200, about what PCIe
+    /// 4.0 with 16 lanes reaches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_gbps: Option<f64>,
+}
+
+impl DeviceConfig {
+    /// `memory_gib` in bytes.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        self.memory_gib.map(gib_to_bytes)
+    }
+
+    /// `copy_gbps`, or its default.
+    pub fn copy_gbps(&self) -> f64 {
+        self.copy_gbps.unwrap_or(200.0)
+    }
+}
+
+fn gib_to_bytes(gib: f64) -> u64 {
+    (gib * (1u64 << 30) as f64) as u64
 }
 
 /// `[policy]`: the communication policy and the sizes that a user may set.

@@ -63,7 +63,7 @@ ranks = 4
 experts_per_rank = 2
 memory_limit_gib = 1.5
 link = { gbps = 25, latency_us = 5.5, launch_us = 10, nodes = 2, inner_gbps = 300 }
-device = { gflops = 1000 }
+device = { gflops = 1000, memory_gib = 0.25, copy_gbps = 64 }
 [policy]
 name = "fixed"
 bucket_bytes = 1_000_000
@@ -125,8 +125,8 @@ fn a_file_is_refused_with_its_line() {
     );
     check_file("[trian]\nsteps = 1", "run.toml line 12: unknown key `trian`, did you mean `train`?");
     check_file(
-        "[cluster.device]\ngflops = 1\ncopy_gbps = 1",
-        "run.toml line 14: unknown key `cluster.device.copy_gbps`, expected `gflops`",
+        "[cluster.device]\ngflops = 1\nzzz = 1",
+        "run.toml line 14: unknown key `cluster.device.zzz`, expected one of gflops, memory_gib, copy_gbps",
     );
     check_file(
         "[policy]\nzzz = 1",
@@ -224,6 +224,14 @@ fn impossible_values_are_refused() {
     assert_eq!(
         load(cluster, &["cluster.link.gbps=1", "cluster.device.gflops=0"]).unwrap_err(),
         "--set cluster.device.gflops=0: `cluster.device.gflops` is 0, expected a number above 0"
+    );
+    assert_eq!(
+        load(cluster, &["cluster.link.gbps=1", "cluster.device.memory_gib=0"]).unwrap_err(),
+        "--set cluster.device.memory_gib=0: `cluster.device.memory_gib` is 0, expected a number of GiB above 0"
+    );
+    assert_eq!(
+        load(cluster, &["cluster.link.gbps=1", "cluster.device.copy_gbps=-1"]).unwrap_err(),
+        "--set cluster.device.copy_gbps=-1: `cluster.device.copy_gbps` is -1, expected a number of Gbit/s above 0"
     );
     check_set("model.top_k=9", "[model] `top_k` is 9, expected at most experts = 4");
     assert_eq!(

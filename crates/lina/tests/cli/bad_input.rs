@@ -25,8 +25,11 @@ fn assignments_that_make_no_sense() {
         ),
         ("train.steps=ten", "`train.steps` is \"ten\", expected a whole number of at least 0"),
         ("train.steps", "expected a key and a value, such as train.steps=10"),
-        ("policy.name=linna", "`policy.name` is \"linna\", expected one of fair, priority, fixed, partition, lina, \
-         lina-auto"),
+        (
+            "policy.name=linna",
+            "`policy.name` is \"linna\", expected one of fair, priority, fixed, partition, lina, \
+         lina-auto",
+        ),
     ] {
         let sentence = format!("--set {assignment}: {sentence}");
         check(&["train", "run.toml", "--set", assignment], 2, &sentence);

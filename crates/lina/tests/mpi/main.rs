@@ -1,0 +1,8 @@
+//! Engine `mpi` as its users see it: jobs that `mpirun` starts and that lose a rank, lose a network, or are told
+//! something wrong. Where there is no `mpirun`, a test says so and passes.
+
+mod bad_input;
+mod doctor;
+mod job;
+mod killed;
+mod network;
