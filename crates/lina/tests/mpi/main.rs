@@ -2,6 +2,7 @@
 //! something wrong. Where there is no `mpirun`, a test says so and passes.
 
 mod bad_input;
+mod decisions;
 mod doctor;
 mod job;
 mod killed;
