@@ -8,7 +8,7 @@
 //! Tokens are cut into pipeline chunks by their place on the source rank; the number of chunks is the policy's, the
 //! same on all ranks, and every chunk is exchanged even where it is empty. While the experts work on one chunk, the
 //! others are on the wire. Where weight gradients stand is the policy's choice too: before the last chunk returns, or
-//! after, as cover.
+//! after, as cover. Those of the attention above may wait until the combine's chunks are sent.
 //!
 //! Invariant: no sum depends on chunks, policy or the moment at which something arrives. A token's result is added up
 //! by slot, its gradient by router first, then slot; an expert's weight gradient runs over its rows in (source rank,

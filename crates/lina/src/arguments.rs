@@ -189,7 +189,7 @@ pub(crate) struct TrainArguments {
     /// local, mpi or nccl, if this build has it [short for cluster.engine].
     #[arg(long, value_name = "ENGINE")]
     pub(crate) engine: Option<String>,
-    /// Communication policy: fair, priority, fixed or lina [short for policy.name].
+    /// Communication policy: fair, priority, fixed, partition, lina or lina-auto [short for policy.name].
     #[arg(long, value_name = "POLICY")]
     pub(crate) policy: Option<String>,
     /// Steps of the whole run [short for train.steps].
