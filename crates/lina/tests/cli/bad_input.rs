@@ -20,8 +20,8 @@ fn assignments_that_make_no_sense() {
         ("train.learnin_rate=1", "unknown key `train.learnin_rate`, did you mean `learning_rate`?"),
         (
             "policy.zzz=1",
-            "unknown key `policy.zzz`, expected one of name, bucket_bytes, partition_bytes, pipeline_chunks, packing, \
-             max_experts_per_rank",
+            "unknown key `policy.zzz`, expected one of name, bucket_bytes, partition_bytes, pipeline_chunks, \
+             defer_attention_gradients, hierarchical_all_to_all, packing, max_experts_per_rank",
         ),
         ("train.steps=ten", "`train.steps` is \"ten\", expected a whole number of at least 0"),
         ("train.steps", "expected a key and a value, such as train.steps=10"),
