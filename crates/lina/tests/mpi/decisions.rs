@@ -1,5 +1,6 @@
 //! What a run decides as it goes on, on ranks that are processes: packing, sizes, the way of all-to-alls, experts that
-//! wait in host memory. When it changes what depends on measured times; the numbers do not.
+//! wait in host memory. When it changes what depends on measured times; the numbers
+//! do not, but for rounding where experts move.
 
 use crate::job::{Place, lina, said};
 
@@ -9,7 +10,7 @@ fn losses(place: &Place, run: &str) -> Vec<f64> {
 }
 
 #[test]
-fn decisions_change_no_number() {
+fn decisions_change_rounding_at_most() {
     let place = Place::new();
     let common = ["--quiet", "--steps", "56", "--set", "train.checkpoint_every=0"];
     let local =
@@ -30,7 +31,12 @@ fn decisions_change_no_number() {
         let Some(job) = place.mpirun(&[&start[..], &common, fast, &settings].concat()) else { return };
         let output = job.wait_with_output().unwrap();
         assert!(output.status.success(), "{run}: {}", said(&output));
-        assert_eq!(losses(&place, run), reference, "{run}");
+        // Other places of experts sum in another order.
+        let tolerance = if run == "decides" { 1e-4 } else { 0.0 };
+        let found = losses(&place, run);
+        assert_eq!(found.len(), reference.len(), "{run}");
+        let near = found.iter().zip(&reference).all(|(found, expected)| (found - expected).abs() <= tolerance);
+        assert!(near, "{run}: {found:?}, expected {reference:?}");
         let copied = place.steps(run).iter().all(|step| step["copy_bytes"].as_u64().unwrap() > 0);
         assert_eq!(copied, device, "{run}");
     }
