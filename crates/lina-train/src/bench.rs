@@ -82,7 +82,7 @@ pub fn bench_train(options: BenchOptions) -> Result<BenchSummary, TrainError> {
         let samples = samples_of_ranks(&config, comm, samples.unwrap_or_default())?;
         Ok((samples, network_sentence(&config, comm)?))
     };
-    let first = config.policy_rules(config.policy.name);
+    let first = config.policy_rules();
     let JobOutcome { ranks, bounds } =
         run_job(&config.cluster, &experts, first, &config.to_toml().map_err(TrainError::input)?, job)?;
     let (samples, networks): (Vec<_>, Vec<_>) = ranks.into_iter().unzip();

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use lina_data::{DataConfig, DataError, Tokenizer};
 use lina_model::{ModelConfig, ModelSection};
-use lina_plan::{ExpertLayout, LayoutError, PackingLadder, Policy, PolicyRules};
+use lina_plan::{ExpertLayout, LayoutError, PackingLadder, PolicyRules};
 use serde::{Deserialize, Serialize};
 
 pub use document::Override;
@@ -147,9 +147,9 @@ impl RunConfig {
         self.tokenizer_file.as_ref().map_or_else(|| Ok(Tokenizer::bytes()), Tokenizer::from_file)
     }
 
-    /// The switches of `policy` under `[policy]`'s sizes.
-    pub fn policy_rules(&self, policy: Policy) -> PolicyRules {
-        PolicyRules::new(policy, &self.policy.settings())
+    /// The switches that `[policy]` comes to.
+    pub fn policy_rules(&self) -> PolicyRules {
+        PolicyRules::new(self.policy.name, &self.policy.settings())
     }
 
     /// Whether times of this run are virtual.

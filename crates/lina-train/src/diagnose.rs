@@ -18,6 +18,7 @@ use lina_report::{Align, Table};
 use serde::Serialize;
 
 use crate::TrainError;
+use crate::bench::median;
 use crate::config::check::MAX_RANKS;
 use crate::config::{ClusterConfig, Engine, RunConfig};
 use crate::job::run_job;
@@ -345,8 +346,7 @@ fn measure_computation(comm: &mut Comm) -> Result<Vec<f64>, CommError> {
         let flop = products * 2.0 * (MATRIX as f64).powi(3);
         rates.push(flop / start.elapsed().as_secs_f64() / 1e9);
     }
-    rates.sort_by(f64::total_cmp);
-    share(comm, rates[WINDOWS / 2])
+    share(comm, median(&rates))
 }
 
 /// The shortest round trip of every two ranks, in microseconds.

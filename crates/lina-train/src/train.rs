@@ -153,7 +153,7 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
         let run = Run { config: &config, loaded: &loaded, out: out.as_deref(), stop, first_step, bench };
         run.rank(&mut worker, comm, observer, adaptation)
     };
-    let rules = config.policy_rules(config.policy.name);
+    let rules = config.policy_rules();
     let identity = format!("{}done = {first_step}", config.to_toml().map_err(TrainError::input)?);
     let JobOutcome { mut ranks, bounds } = run_job(&config.cluster, &experts, rules, &identity, job)?;
 

@@ -1,9 +1,11 @@
 //! Comparisons of policies on real threads, and the paper's studies with what they leave in a folder.
 
+mod common;
+
 use std::path::Path;
 
 use lina_plan::{Policy, Schedule};
-use lina_train::{BenchOptions, BenchSummary, Override, RunConfig, Studies, bench_train};
+use lina_train::{BenchOptions, BenchSummary, RunConfig, Studies, bench_train};
 
 const RUN: &str = r#"
 [model]
@@ -36,10 +38,7 @@ rounds = 2
 "#;
 
 fn config(overrides: &[&str]) -> RunConfig {
-    let data = format!("data.files={}/src/*.rs", env!("CARGO_MANIFEST_DIR"));
-    let overrides: Vec<Override> =
-        overrides.iter().copied().chain([data.as_str()]).map(|change| Override::set(change).unwrap()).collect();
-    RunConfig::parse(Path::new("bench.toml"), RUN, &overrides).unwrap()
+    common::config(RUN, overrides)
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! What goes wrong inside a run: one error, no run folder that looks like more than it is.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lina_train::{Override, RunConfig, StopFlag, TrainError, TrainOptions, TrainSummary, train};
+use lina_train::{StopFlag, TrainError, TrainOptions, TrainSummary, train};
 use tempfile::TempDir;
 
 const RUN: &str = r#"
@@ -31,10 +33,7 @@ const EMULATED: [&str; 2] =
     ["cluster.link={ gbps = 1.0, latency_us = 5.0, launch_us = 2.0 }", "cluster.device={ gflops = 20.0 }"];
 
 fn run(assignments: &[&str], out: &Path, resume: Option<PathBuf>) -> Result<TrainSummary, TrainError> {
-    let data = format!("data.files={}/src/*.rs", env!("CARGO_MANIFEST_DIR"));
-    let overrides: Vec<Override> =
-        std::iter::once(&data.as_str()).chain(assignments).map(|set| Override::set(set).unwrap()).collect();
-    let config = RunConfig::parse(Path::new("test.toml"), RUN, &overrides).unwrap();
+    let config = common::config(RUN, assignments);
     train(TrainOptions { config, out: Some(out.to_owned()), resume, quiet: true }, &StopFlag::new())
 }
 

@@ -1,14 +1,13 @@
 //! Expert packing: decided alike on all ranks, without a jump in what is computed, kept in checkpoints, and worth it
 //! where `examples/packing.toml` says so.
 
+mod common;
+
 use std::path::{Path, PathBuf};
 
+use common::{Run, largest_difference};
 use lina_report::PolicyRow;
-use lina_train::{
-    BenchOptions, BenchSummary, Override, RunConfig, StopFlag, TrainError, TrainOptions, TrainSummary, bench_train,
-    train,
-};
-use tempfile::TempDir;
+use lina_train::{BenchOptions, BenchSummary, Override, RunConfig, bench_train};
 
 /// Two nodes of two; packing twice puts every expert into each node.
 const BASE: &str = r#"
@@ -46,62 +45,19 @@ partition_bytes = 5000
 pipeline_chunks = 2
 "#;
 
-/// A run with its directory, on this crate's own sources.
-struct Run {
-    dir: TempDir,
-    summary: Result<TrainSummary, TrainError>,
-}
-
-fn config_of(text: &str, overrides: &[&str]) -> RunConfig {
-    let data = format!("data.files={}/src/*.rs", env!("CARGO_MANIFEST_DIR"));
-    let overrides: Vec<Override> =
-        std::iter::once(&data.as_str()).chain(overrides).map(|set| Override::set(set).unwrap()).collect();
-    RunConfig::parse(Path::new("test.toml"), text, &overrides).unwrap()
-}
-
 fn run_from(config: RunConfig, resume: Option<PathBuf>) -> Run {
-    let dir = TempDir::new().unwrap();
-    let out = Some(dir.path().join("run"));
-    let summary = train(TrainOptions { config, out, resume, quiet: true }, &StopFlag::new());
-    summary.as_ref().unwrap();
-    Run { dir, summary }
+    let run = Run::new(config, resume);
+    run.summary();
+    run
 }
 
 fn run(overrides: &[&str]) -> Run {
-    run_from(config_of(BASE, overrides), None)
+    run_from(common::config(BASE, overrides), None)
 }
 
-impl Run {
-    fn out(&self) -> PathBuf {
-        self.dir.path().join("run")
-    }
-
-    fn metrics(&self) -> Vec<serde_json::Value> {
-        let text = std::fs::read_to_string(self.out().join("metrics.jsonl")).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-    }
-
-    fn losses(&self) -> Vec<f64> {
-        self.metrics().iter().map(|line| line["loss"].as_f64().unwrap()).collect()
-    }
-
-    /// Experts a rank of each step.
-    fn experts_per_rank(&self) -> Vec<u64> {
-        self.metrics().iter().map(|line| line["experts_per_rank"].as_u64().unwrap()).collect()
-    }
-
-    fn weights(&self, step: u64) -> Vec<u8> {
-        std::fs::read(self.out().join(format!("checkpoint-{step}/model.safetensors"))).unwrap()
-    }
-
-    fn summary(&self) -> &TrainSummary {
-        self.summary.as_ref().unwrap()
-    }
-}
-
-fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+/// Experts a rank of each step.
+fn experts_per_rank(run: &Run) -> Vec<u64> {
+    run.metrics().iter().map(|line| line["experts_per_rank"].as_u64().unwrap()).collect()
 }
 
 /// The experts a rank of `steps` steps that change where `changes` says.
@@ -113,7 +69,7 @@ fn stages(steps: u64, changes: &[(u64, u64)]) -> Vec<u64> {
 #[test]
 fn losses_do_not_jump() {
     let packed = run(&["policy.max_experts_per_rank=2"]);
-    assert_eq!(packed.experts_per_rank(), stages(20, &[(10, 2)]));
+    assert_eq!(experts_per_rank(&packed), stages(20, &[(10, 2)]));
     assert_eq!(packed.summary().experts_per_rank, 2);
     let final_layout = run(&["policy.packing=false", "cluster.experts_per_rank=2"]);
     let never = run(&["policy.packing=false"]);
@@ -130,7 +86,7 @@ fn schedules_that_decide_alike_agree_bit_for_bit() {
     let reference = run(&[most]);
     for change in [&["policy.name=fair"][..], &["policy.name=fixed"], &["policy.pipeline_chunks=1"]] {
         let other = run(&[&[most], change].concat());
-        assert_eq!(other.experts_per_rank(), reference.experts_per_rank(), "{change:?}");
+        assert_eq!(experts_per_rank(&other), experts_per_rank(&reference), "{change:?}");
         assert_eq!(other.losses(), reference.losses(), "{change:?}");
         assert!(other.weights(20) == reference.weights(20), "{change:?}: other weights");
     }
@@ -140,11 +96,11 @@ fn schedules_that_decide_alike_agree_bit_for_bit() {
 #[test]
 fn a_run_resumes_across_changes_bit_for_bit() {
     let whole = run(&["train.checkpoint_every=1"]);
-    assert!(whole.experts_per_rank()[19] > 1);
+    assert!(experts_per_rank(&whole)[19] > 1);
     for step in [7, 9, 10, 12, 14, 17] {
         let checkpoint = whole.out().join(format!("checkpoint-{step}"));
-        let rest = run_from(config_of(BASE, &[]), Some(checkpoint));
-        assert_eq!(rest.experts_per_rank(), whole.experts_per_rank()[step as usize..], "from step {step}");
+        let rest = run_from(common::config(BASE, &[]), Some(checkpoint));
+        assert_eq!(experts_per_rank(&rest), experts_per_rank(&whole)[step as usize..], "from step {step}");
         assert_eq!(rest.losses(), whole.losses()[step as usize..], "from step {step}");
         assert!(rest.weights(20) == whole.weights(20), "from step {step}: other weights");
     }
@@ -155,8 +111,8 @@ fn a_run_resumes_across_changes_bit_for_bit() {
 fn a_packed_checkpoint_goes_on_anywhere() {
     let whole = run(&["train.checkpoint_every=15"]);
     for (change, experts) in [("cluster.ranks=2", 2), ("policy.packing=false", 1)] {
-        let rest = run_from(config_of(BASE, &[change]), Some(whole.out().join("checkpoint-15")));
-        assert_eq!(rest.experts_per_rank(), [experts; 5], "{change}");
+        let rest = run_from(common::config(BASE, &[change]), Some(whole.out().join("checkpoint-15")));
+        assert_eq!(experts_per_rank(&rest), [experts; 5], "{change}");
         let difference = largest_difference(&rest.losses(), &whole.losses()[15..]);
         assert!(difference < 1e-3, "{change}: losses differ by {difference}");
     }
@@ -173,7 +129,7 @@ fn what_does_not_pay_is_undone() {
         "train.batch_sequences=4",
     ];
     let packed = run(&costly);
-    assert_eq!(packed.experts_per_rank(), stages(30, &[(10, 2), (14, 1)]));
+    assert_eq!(experts_per_rank(&packed), stages(30, &[(10, 2), (14, 1)]));
     let never = run(&[&costly[..], &["policy.packing=false"]].concat());
     let difference = largest_difference(&packed.losses(), &never.losses());
     assert!(difference < 1e-4, "losses differ by {difference}");
@@ -202,7 +158,7 @@ fn the_local_engine_packs_too() {
         .lines()
         .filter(|line| !line.starts_with("link") && !line.starts_with("device"))
         .fold(String::new(), |text, line| text + line + "\n");
-    let local = run_from(config_of(&text, &[]), None);
+    let local = run_from(common::config(&text, &[]), None);
     let reference = run(&["policy.packing=false"]);
     let difference = largest_difference(&local.losses(), &reference.losses());
     assert!(difference < 1e-4, "losses differ by {difference}");
@@ -219,7 +175,7 @@ fn a_comparison_unpacks_what_every_rank_holds() {
         "bench.steps=2",
         "bench.rounds=2",
     ];
-    let config = config_of(BASE, &overrides);
+    let config = common::config(BASE, &overrides);
     let experts: Vec<usize> =
         bench_train(BenchOptions::new(config)).unwrap().policies.iter().map(|row| row.experts_per_rank).collect();
     assert_eq!(experts, [2, 1]);
@@ -227,8 +183,10 @@ fn a_comparison_unpacks_what_every_rank_holds() {
 
 #[test]
 fn a_comparison_packs_in_its_own_row_only() {
-    let mut config =
-        config_of(BASE, &["bench.policies=[\"lina+packing\",\"lina\",\"fair\"]", "bench.steps=2", "bench.rounds=2"]);
+    let mut config = common::config(
+        BASE,
+        &["bench.policies=[\"lina+packing\",\"lina\",\"fair\"]", "bench.steps=2", "bench.rounds=2"],
+    );
     config.policy.packing = false;
     let summary = bench_train(BenchOptions::new(config)).unwrap();
     let experts: Vec<usize> = summary.policies.iter().map(|row| row.experts_per_rank).collect();

@@ -1,10 +1,10 @@
 //! Experts that wait in host memory: the same numbers, the time of the copies where nothing hides them, and layouts
 //! that a device's memory allows only so.
 
-use std::path::Path;
+mod common;
 
-use lina_train::{Override, RunConfig, StopFlag, TrainError, TrainOptions, train};
-use tempfile::TempDir;
+use common::Run;
+use lina_train::TrainError;
 
 /// Experts dominate the memory of a rank: 96 KiB of weights for each of a layer, 4 layers.
 const BASE: &str = r#"
@@ -65,42 +65,28 @@ fn copied_bytes(waiting: u64) -> u64 {
     (waiting + waiting.saturating_sub(2) + waiting) * EXPERT_BYTES
 }
 
-struct Run {
-    metrics: Vec<serde_json::Value>,
-    weights: Vec<u8>,
-    trace: String,
-    experts_per_rank: usize,
-}
-
-impl Run {
-    fn metric(&self, key: &str) -> Vec<f64> {
-        self.metrics.iter().map(|line| line[key].as_f64().unwrap()).collect()
+fn run(overrides: &[&str]) -> Result<Run, TrainError> {
+    let run = Run::new(common::config(BASE, overrides), None);
+    match run.summary {
+        Ok(_) => Ok(run),
+        Err(error) => Err(error),
     }
 }
 
-fn run(overrides: &[&str]) -> Result<Run, TrainError> {
-    let data = format!("data.files={}/src/*.rs", env!("CARGO_MANIFEST_DIR"));
-    let overrides: Vec<Override> =
-        std::iter::once(&data.as_str()).chain(overrides).map(|set| Override::set(set).unwrap()).collect();
-    let config = RunConfig::parse(Path::new("test.toml"), BASE, &overrides).unwrap();
-    let steps = config.train.steps;
-    let dir = TempDir::new().unwrap();
-    let out = dir.path().join("run");
-    let summary = train(TrainOptions { config, out: Some(out.clone()), resume: None, quiet: true }, &StopFlag::new())?;
-    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
-    Ok(Run {
-        metrics: text.lines().map(|line| serde_json::from_str(line).unwrap()).collect(),
-        weights: std::fs::read(out.join(format!("checkpoint-{steps}/model.safetensors"))).unwrap(),
-        trace: std::fs::read_to_string(out.join("trace.json")).unwrap(),
-        experts_per_rank: summary.experts_per_rank,
-    })
+/// What the last checkpoint has.
+fn weights(run: &Run) -> Vec<u8> {
+    run.weights(run.summary().steps)
+}
+
+fn trace(run: &Run) -> String {
+    run.text("trace.json")
 }
 
 #[test]
 fn copies_change_the_time_and_no_number() {
     let plenty = run(&[]).unwrap();
     assert!(plenty.metric("copy_bytes").iter().all(|&bytes| bytes == 0.0));
-    assert!(!plenty.trace.contains("host to device"));
+    assert!(!trace(&plenty).contains("host to device"));
     for waiting in [1, 2, 4] {
         let memory = gib_with_waiting(waiting);
         let little = |copy_gbps: &str| run(&[&memory, &format!("cluster.device.copy_gbps={copy_gbps}")]).unwrap();
@@ -108,9 +94,9 @@ fn copies_change_the_time_and_no_number() {
         for run in [&fast, &slow] {
             assert_eq!(run.metric("loss"), plenty.metric("loss"), "{waiting} wait");
             assert_eq!(run.metric("grad_norm"), plenty.metric("grad_norm"), "{waiting} wait");
-            assert!(run.weights == plenty.weights, "{waiting} wait: other weights");
+            assert!(weights(run) == weights(&plenty), "{waiting} wait: other weights");
             assert!(run.metric("copy_bytes").iter().all(|&bytes| bytes == copied_bytes(waiting) as f64));
-            assert!(run.trace.contains("host to device") && run.trace.contains("device to host"));
+            assert!(trace(run).contains("host to device") && trace(run).contains("device to host"));
             let steps = run.metric("step_ms").into_iter().zip(plenty.metric("step_ms"));
             steps.zip(run.metric("copy_blocked_ms")).for_each(|((step, alone), blocked)| {
                 assert!(if blocked > 0.0 { step > alone } else { step == alone }, "{step} {alone} {blocked}");
@@ -139,7 +125,7 @@ fn gradients_of_every_micro_batch_leave_the_device() {
     let memory = gib_with_waiting(4);
     let [plenty, little] =
         [vec!["train.micro_batches=2"], vec!["train.micro_batches=2", &memory]].map(|sets| run(&sets).unwrap());
-    assert!(little.weights == plenty.weights);
+    assert!(weights(&little) == weights(&plenty));
     // Smaller micro-batches leave more room, so fewer may have to wait.
     let bytes = little.metric("copy_bytes");
     assert!(bytes.iter().all(|&bytes| bytes > 0.0 && bytes % (2 * EXPERT_BYTES) as f64 == 0.0), "{bytes:?}");
@@ -151,8 +137,8 @@ fn packing_takes_a_layout_that_fits_with_experts_in_host_memory() {
     let packs = ["policy.packing=true", "policy.max_experts_per_rank=2", "train.steps=13", "cluster.device.gflops=200"];
     let little: Vec<&str> = packs.into_iter().chain([memory.as_str()]).collect();
     let (plenty, little) = (run(&packs).unwrap(), run(&little).unwrap());
-    assert_eq!((plenty.experts_per_rank, little.experts_per_rank), (2, 2));
-    assert!(little.weights == plenty.weights);
+    assert_eq!((plenty.summary().experts_per_rank, little.summary().experts_per_rank), (2, 2));
+    assert!(weights(&little) == weights(&plenty));
     let bytes = little.metric("copy_bytes");
     assert!(bytes[..10].iter().all(|&bytes| bytes == 0.0) && bytes[10..].iter().all(|&bytes| bytes > 0.0), "{bytes:?}");
 }

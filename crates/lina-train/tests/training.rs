@@ -1,8 +1,11 @@
 //! Whole runs: the same numbers under every policy and number of ranks, exact resumption, faults.
 
-use std::path::{Path, PathBuf};
+mod common;
 
-use lina_train::{Override, RunConfig, StopFlag, TrainError, TrainOptions, TrainSummary, train};
+use std::path::PathBuf;
+
+use common::{Run, largest_difference};
+use lina_train::{RunConfig, StopFlag, TrainError, TrainOptions, train};
 use tempfile::TempDir;
 
 const BASE: &str = r#"
@@ -41,55 +44,18 @@ partition_bytes = 5000
 pipeline_chunks = 2
 "#;
 
-/// A run with its directory, on this crate's own sources.
-struct Run {
-    dir: TempDir,
-    summary: Result<TrainSummary, TrainError>,
-}
-
 fn config(overrides: &[&str]) -> RunConfig {
-    let data = format!("data.files={}/src/*.rs", env!("CARGO_MANIFEST_DIR"));
-    let overrides: Vec<Override> =
-        std::iter::once(&data.as_str()).chain(overrides).map(|set| Override::set(set).unwrap()).collect();
-    RunConfig::parse(Path::new("test.toml"), BASE, &overrides).unwrap()
+    common::config(BASE, overrides)
 }
 
 fn run_from(overrides: &[&str], resume: Option<PathBuf>) -> Run {
-    let dir = TempDir::new().unwrap();
-    let out = Some(dir.path().join("run"));
-    let options = TrainOptions { config: config(overrides), out, resume, quiet: true };
-    let summary = train(options, &StopFlag::new());
-    Run { dir, summary }
+    Run::new(config(overrides), resume)
 }
 
 fn run(overrides: &[&str]) -> Run {
     let run = run_from(overrides, None);
-    run.summary.as_ref().unwrap();
+    run.summary();
     run
-}
-
-impl Run {
-    fn out(&self) -> PathBuf {
-        self.dir.path().join("run")
-    }
-
-    fn metrics(&self) -> Vec<serde_json::Value> {
-        let text = std::fs::read_to_string(self.out().join("metrics.jsonl")).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-    }
-
-    fn losses(&self) -> Vec<f64> {
-        self.metrics().iter().map(|line| line["loss"].as_f64().unwrap()).collect()
-    }
-
-    fn weights(&self, step: u64) -> Vec<u8> {
-        std::fs::read(self.out().join(format!("checkpoint-{step}/model.safetensors"))).unwrap()
-    }
-}
-
-fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
 /// Invariant 2: when things are sent does not change what is computed, to the bit.
@@ -122,14 +88,9 @@ fn the_local_engine_agrees_with_the_emulated_cluster_bit_for_bit() {
         .lines()
         .filter(|line| !line.starts_with("link") && !line.starts_with("device"))
         .fold(String::new(), |text, line| text + line + "\n");
-    let data = format!("data.files={}/src/*.rs", env!("CARGO_MANIFEST_DIR"));
-    let config = RunConfig::parse(Path::new("test.toml"), &text, &[Override::set(&data).unwrap()]).unwrap();
+    let config = common::config(&text, &[]);
     assert!(!config.is_emulated());
-    let dir = TempDir::new().unwrap();
-    let out = Some(dir.path().join("run"));
-    let summary = train(TrainOptions { config, out, resume: None, quiet: true }, &StopFlag::new());
-    let local = Run { dir, summary };
-    local.summary.as_ref().unwrap();
+    let local = Run::new(config, None);
     assert_eq!(local.losses(), emulated.losses());
     assert!(local.weights(20) == emulated.weights(20));
 }
@@ -207,7 +168,7 @@ fn a_search_settles_and_resumes() {
     let rest = run_from(&auto, Some(whole.out().join("checkpoint-10")));
     assert_eq!(sizes(&rest), tried[10..]);
     assert!(rest.weights(48) == whole.weights(48));
-    let state = |run: &Run| std::fs::read_to_string(run.out().join("checkpoint-48/trainer_state.json")).unwrap();
+    let state = |run: &Run| run.text("checkpoint-48/trainer_state.json");
     assert_eq!(state(&rest), state(&whole));
 }
 

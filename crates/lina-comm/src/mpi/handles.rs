@@ -218,20 +218,12 @@ impl<T: Copy> Requests<T> {
     /// # Safety
     /// The memory must stay where it is, unchanged, until all are done or MPI is never called again.
     pub(super) unsafe fn send<V>(&mut self, values: &[V], route: Address, label: T) -> Result<usize, Fault> {
-        let bytes = size_of_val(values);
-        let starts = (0..bytes).step_by(self.max_message_bytes);
-        let messages = starts.len();
-        for start in starts {
-            let len = self.max_message_bytes.min(bytes - start);
+        let Address { communicator, peer, tag } = route;
+        let from = values.as_ptr().cast::<u8>();
+        self.post(size_of_val(values), label, |start, len| {
             // SAFETY: within `values`, for which the caller vouches.
-            let request = unsafe {
-                let from = values.as_ptr().cast::<u8>().add(start);
-                route.communicator.send(from, len, route.peer, route.tag)?
-            };
-            self.handles.push(request);
-            self.labels.push(label);
-        }
-        Ok(messages)
+            unsafe { communicator.send(from.add(start), len, peer, tag) }
+        })
     }
 
     /// Starts receiving `values`; returns the number of messages, none for no values.
@@ -239,17 +231,25 @@ impl<T: Copy> Requests<T> {
     /// # Safety
     /// The memory must stay where it is, and be touched by nobody, until all are done or MPI is never called again.
     pub(super) unsafe fn receive<V>(&mut self, values: &mut [V], route: Address, label: T) -> Result<usize, Fault> {
-        let bytes = size_of_val(values);
+        let Address { communicator, peer, tag } = route;
+        let to = values.as_mut_ptr().cast::<u8>();
+        self.post(size_of_val(values), label, |start, len| {
+            // SAFETY: within `values`, for which the caller vouches.
+            unsafe { communicator.receive(to.add(start), len, peer, tag) }
+        })
+    }
+
+    /// Cuts `bytes` into messages, which `start_message` starts from an offset and a length.
+    fn post(
+        &mut self,
+        bytes: usize,
+        label: T,
+        start_message: impl Fn(usize, usize) -> Result<ffi::MPI_Request, Fault>,
+    ) -> Result<usize, Fault> {
         let starts = (0..bytes).step_by(self.max_message_bytes);
         let messages = starts.len();
         for start in starts {
-            let len = self.max_message_bytes.min(bytes - start);
-            // SAFETY: within `values`, for which the caller vouches.
-            let request = unsafe {
-                let to = values.as_mut_ptr().cast::<u8>().add(start);
-                route.communicator.receive(to, len, route.peer, route.tag)?
-            };
-            self.handles.push(request);
+            self.handles.push(start_message(start, self.max_message_bytes.min(bytes - start))?);
             self.labels.push(label);
         }
         Ok(messages)

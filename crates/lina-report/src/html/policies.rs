@@ -51,24 +51,7 @@ impl PolicyComparison {
             ("link-bound", "the busiest link's time"),
         ]);
         out.push_str(&svg::open(bottom + 26.0, "Median step of each policy"));
-        let ticks = x.ticks(8);
-        for &value in &ticks.values {
-            let at = x.at(value);
-            let _ = write!(
-                out,
-                "<line class=\"grid\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{:.1}\" y2=\"{bottom:.1}\"/>\
-                 <text class=\"tick\" text-anchor=\"middle\" x=\"{at:.1}\" y=\"{:.1}\">{}</text>",
-                plot.top,
-                bottom + 18.0,
-                ticks.label(value)
-            );
-        }
-        let _ = write!(
-            out,
-            "<text class=\"tick\" text-anchor=\"end\" x=\"{:.1}\" y=\"{:.1}\">ms</text>",
-            plot.left - 12.0,
-            bottom + 18.0
-        );
+        plot.bar_axis(&mut out, &x, "ms", 12.0);
         for (index, row) in self.rows.iter().enumerate() {
             let y = plot.top + SLOT * index as f64 + (SLOT - BAR) / 2.0;
             let middle = y + BAR / 2.0 + 4.5;

@@ -164,24 +164,7 @@ fn chart(bars: &[Bar], unit: &str, label: &str) -> String {
     let longest = bars.iter().flat_map(|bar| [Some(bar.value), bar.mark]).flatten().fold(0.0, f64::max);
     let x = Scale::new((0.0, longest), (plot.left, plot.right));
     let mut out = svg::open(bottom + 26.0, label);
-    let ticks = x.ticks(8);
-    for &value in &ticks.values {
-        let at = x.at(value);
-        let _ = write!(
-            out,
-            "<line class=\"grid\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{:.1}\" y2=\"{bottom:.1}\"/>\
-             <text class=\"tick\" text-anchor=\"middle\" x=\"{at:.1}\" y=\"{:.1}\">{}</text>",
-            plot.top,
-            bottom + 18.0,
-            ticks.label(value)
-        );
-    }
-    let _ = write!(
-        out,
-        "<text class=\"tick\" text-anchor=\"end\" x=\"{:.1}\" y=\"{:.1}\">{unit}</text>",
-        plot.left - 20.0,
-        bottom + 18.0
-    );
+    plot.bar_axis(&mut out, &x, unit, 20.0);
     for (index, bar) in bars.iter().enumerate() {
         let y = plot.top + SLOT * index as f64 + (SLOT - BAR) / 2.0;
         let middle = y + BAR / 2.0 + 4.5;

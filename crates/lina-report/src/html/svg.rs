@@ -78,6 +78,26 @@ pub(super) struct Plot {
 }
 
 impl Plot {
+    /// The grid of `x` behind horizontal bars, its marks below them, and `unit` so far to the left of the first.
+    pub(super) fn bar_axis(&self, out: &mut String, x: &Scale, unit: &str, unit_distance: f64) {
+        let (top, bottom, below) = (self.top, self.bottom, self.bottom + 18.0);
+        let ticks = x.ticks(8);
+        for &value in &ticks.values {
+            let _ = write!(
+                out,
+                "<line class=\"grid\" x1=\"{0:.1}\" x2=\"{0:.1}\" y1=\"{top:.1}\" y2=\"{bottom:.1}\"/>\
+                 <text class=\"tick\" text-anchor=\"middle\" x=\"{0:.1}\" y=\"{below:.1}\">{1}</text>",
+                x.at(value),
+                ticks.label(value)
+            );
+        }
+        let _ = write!(
+            out,
+            "<text class=\"tick\" text-anchor=\"end\" x=\"{:.1}\" y=\"{below:.1}\">{unit}</text>",
+            self.left - unit_distance
+        );
+    }
+
     /// Horizontal grid lines with their values, and a unit above them.
     pub(super) fn y_axis(&self, out: &mut String, scale: &Scale, unit: &str) {
         let ticks = scale.ticks(5);

@@ -1,7 +1,7 @@
 //! What loads, what does not, and what is said then.
 
 use super::*;
-use lina_plan::Schedule;
+use lina_plan::{Policy, Schedule};
 
 const MINIMAL: &str = r#"
 [model]

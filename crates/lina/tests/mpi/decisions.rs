@@ -1,6 +1,6 @@
 //! What a run decides as it goes on, on ranks that are processes: packing, sizes, the way of all-to-alls, experts that
-//! wait in host memory. When it changes what depends on measured times; the numbers
-//! do not, but for rounding where experts move.
+//! wait in host memory. When it changes what depends on measured times; the numbers do not, but for rounding where
+//! experts move.
 
 use crate::job::{Place, lina, said};
 
