@@ -1,0 +1,40 @@
+//! How inference can end early, and the exit code that goes with it.
+
+use lina_comm::CommError;
+use lina_train::TrainError;
+use thiserror::Error;
+
+/// Inference that did not come to its end.
+#[derive(Debug, Error)]
+pub enum InferError {
+    /// Model, data, request or environment: the sentence names the place, what was found and what is expected.
+    #[error("{0}")]
+    Input(String),
+    /// A rank was lost, or this one was told that another was.
+    #[error(transparent)]
+    Lost(#[from] CommError),
+}
+
+impl InferError {
+    /// Exit code of the process: 2 for bad input, 1 for a lost rank.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            InferError::Input(_) => 2,
+            InferError::Lost(_) => 1,
+        }
+    }
+
+    /// An input error from anything that says it in one sentence.
+    pub fn input(error: impl std::fmt::Display) -> Self {
+        InferError::Input(error.to_string())
+    }
+}
+
+impl From<TrainError> for InferError {
+    fn from(error: TrainError) -> Self {
+        match error {
+            TrainError::Lost(error) => InferError::Lost(error),
+            error => InferError::input(error),
+        }
+    }
+}
