@@ -173,6 +173,11 @@ impl Comm {
         CopyTicket(times.end)
     }
 
+    /// How long from now a copy still takes.
+    pub fn copy_remaining(&self, ticket: &CopyTicket) -> Nanos {
+        if self.copies.is_some() { ticket.0.saturating_sub(self.port.now()) } else { 0 }
+    }
+
     /// Waits for a copy.
     ///
     /// # Errors

@@ -23,6 +23,8 @@ pub enum WorkKind {
     Head,
     /// Gradient norm and parameter update.
     Optimizer,
+    /// A layer waits for another placement of its experts to be planned.
+    Planning,
 }
 
 impl WorkKind {
@@ -39,6 +41,7 @@ impl WorkKind {
             WorkKind::ExpertWeightGradient => "expert weight gradient",
             WorkKind::Head => "head",
             WorkKind::Optimizer => "optimizer",
+            WorkKind::Planning => "planning",
         }
     }
 

@@ -41,6 +41,15 @@ fn main() {
         attention_backward(ctx, &shape, &qkv, &y, &lse, &x, &mut grad_qkv)
     });
 
+    let pages: Vec<u32> = (0..32).rev().collect();
+    let paged: Vec<PagedSequence> = (0..8)
+        .map(|index| PagedSequence { start_row: index * 256, rows: 256, past: 0, pages: &pages[index * 4..][..4] })
+        .collect();
+    let shape_paged = PagedShape::fused(&paged, 4, 4, 64);
+    let mut cache = vec![0.0; 32 * page_elements(4, 64)];
+    report("paged_append", "GB/s", floats(4 * TOKENS * 256), || paged_append(ctx, &shape_paged, &qkv, &mut cache));
+    report("paged_attention", "GFLOP/s", 2.0 * product, || paged_attention(ctx, &shape_paged, &qkv, &cache, &mut y));
+
     let layout = HeadLayout { offset: 0, heads: 8, head_dim: 64, row_stride: shape.row_stride };
     let (table, positions) =
         (RotaryTable::new(64, 256, 10_000.0), (0..TOKENS as u32).map(|token| token % 256).collect::<Vec<_>>());

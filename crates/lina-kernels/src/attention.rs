@@ -69,29 +69,9 @@ impl<'a> AttentionShape<'a> {
     }
 
     fn check(&self, qkv: usize) -> usize {
-        assert!(
-            self.heads_kv > 0 && self.heads_q.is_multiple_of(self.heads_kv),
-            "{} query heads for {} key-value heads",
-            self.heads_q,
-            self.heads_kv
-        );
-        assert!(
-            self.row_stride > 0 && qkv.is_multiple_of(self.row_stride),
-            "{qkv} elements are not rows of {}",
-            self.row_stride
-        );
-        let mut parts = [(self.q_offset, self.heads_q), (self.k_offset, self.heads_kv), (self.v_offset, self.heads_kv)];
-        parts.sort_unstable();
-        for (index, (offset, heads)) in parts.into_iter().enumerate() {
-            let end = parts.get(index + 1).map_or(self.row_stride, |next| next.0);
-            assert!(
-                offset + heads * self.head_dim <= end,
-                "queries, keys and values overlap in rows of {}",
-                self.row_stride
-            );
-        }
+        let offsets = [self.q_offset, self.k_offset, self.v_offset];
+        let rows = check_fused(qkv, self.row_stride, [self.heads_q, self.heads_kv], self.head_dim, offsets);
         assert!(self.window != Some(0), "a window of no tokens");
-        let rows = qkv / self.row_stride;
         for (index, sequence) in self.sequences.iter().enumerate() {
             assert!(sequence.start_row + sequence.rows <= rows, "{sequence:?} goes past {rows} rows");
             let sorted = index == 0
@@ -105,6 +85,25 @@ impl<'a> AttentionShape<'a> {
     fn first_key(&self, row: usize) -> usize {
         self.window.map_or(0, |window| (row + 1).saturating_sub(window))
     }
+}
+
+/// Checks the layout of a fused buffer of `qkv` elements (`heads`: of queries, of keys and values; `offsets`: of queries, keys and values) and returns its rows.
+pub(crate) fn check_fused(
+    qkv: usize,
+    row_stride: usize,
+    [heads_q, heads_kv]: [usize; 2],
+    head_dim: usize,
+    [q, k, v]: [usize; 3],
+) -> usize {
+    assert!(heads_kv > 0 && heads_q.is_multiple_of(heads_kv), "{heads_q} query heads for {heads_kv} key-value heads");
+    assert!(row_stride > 0 && qkv.is_multiple_of(row_stride), "{qkv} elements are not rows of {row_stride}");
+    let mut parts = [(q, heads_q), (k, heads_kv), (v, heads_kv)];
+    parts.sort_unstable();
+    for (index, (offset, heads)) in parts.into_iter().enumerate() {
+        let end = parts.get(index + 1).map_or(row_stride, |next| next.0);
+        assert!(offset + heads * head_dim <= end, "queries, keys and values overlap in rows of {row_stride}");
+    }
+    qkv / row_stride
 }
 
 /// out = softmax(scale · Q·Kᵀ, masked) · V per head.
@@ -431,14 +430,14 @@ unsafe fn copy_scaled(isa: Isa, from: *const f32, stride: usize, scale: f32, to:
 }
 
 multiversion! {
-    fn scaled(from: &[f32], factor: f32, to: &mut [f32]) {
+    pub(crate) fn scaled(from: &[f32], factor: f32, to: &mut [f32]) {
         for (to, from) in to.iter_mut().zip(from) {
             *to = from * factor;
         }
     }
 
     /// Turns a row of scores into unnormalised probabilities, zero outside `seen`, and rescales what earlier tiles left (Milakov & Gimelshein 2018).
-    fn online_softmax(scores: &mut [f32], seen: (usize, usize), largest: &mut f32, total: &mut f32, sums: &mut [f32]) {
+    pub(crate) fn online_softmax(scores: &mut [f32], seen: (usize, usize), largest: &mut f32, total: &mut f32, sums: &mut [f32]) {
         scores[..seen.0].fill(0.0);
         scores[seen.1..].fill(0.0);
         let scores = &mut scores[seen.0..seen.1];

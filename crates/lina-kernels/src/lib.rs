@@ -10,6 +10,7 @@
 
 mod activation;
 mod attention;
+mod bandwidth;
 mod compute;
 mod elementwise;
 mod embedding;
@@ -21,8 +22,10 @@ mod norm;
 #[cfg(feature = "openblas")]
 pub mod openblas;
 mod optimizer;
+mod paged;
 mod permute;
 mod pool;
+mod prefetch;
 mod rotary;
 mod router;
 mod scratch;
@@ -30,6 +33,7 @@ mod vector;
 
 pub use activation::{Activation, activation_backward, activation_forward, add_bias, swiglu_backward, swiglu_forward};
 pub use attention::{AttentionShape, Sequence, attention_backward, attention_forward};
+pub use bandwidth::read_bandwidth;
 pub use compute::{Compute, RowsMut, SplitRows};
 pub use elementwise::{add, clamp, clamp_backward, scale, sum_into, sum_of_squares};
 pub use embedding::{embedding_backward, embedding_forward};
@@ -42,6 +46,7 @@ pub use norm::{
     rms_norm_backward, rms_norm_forward,
 };
 pub use optimizer::{AdamWStep, adamw_step};
+pub use paged::{PAGE_TOKENS, PagedSequence, PagedShape, page_elements, paged_append, paged_attention};
 pub use permute::{DROPPED, combine_backward, combine_rows, gather_backward, gather_rows};
 pub use rotary::{RotaryTable, rotary_backward, rotary_forward};
 pub use router::{router_backward, router_forward};

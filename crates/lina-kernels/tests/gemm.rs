@@ -91,6 +91,45 @@ fn a_group_equals_its_products() {
 }
 
 #[test]
+fn a_few_rows_have_the_bits_that_they_have_among_many() {
+    for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512] {
+        // Depths and widths on both sides of the sizes of blocks, panels and stretches that are prefetched.
+        for (n, k) in [(1, 1), (16, 16), (37, 300), (70, 512), (33, 515), (100, 1030), (48, 2048)] {
+            let rows = 40;
+            let (a, w) = (random(rows * k, 1), random(n * k, 2));
+            let mut whole = vec![0.5; rows * n];
+            matmul(
+                &Compute::with_isa(1, isa),
+                MatMut::new(&mut whole, rows, n),
+                Mat::new(&a, rows, k),
+                Mat::new(&w, n, k).t(),
+                true,
+            );
+            for m in 1..=18 {
+                for threads in [1, 2] {
+                    let ctx = Compute::with_isa(threads, isa);
+                    let (first, mut few) = (rows - m - 1, vec![0.5; m * n]);
+                    let a = &a[first * k..(first + m) * k];
+                    matmul(&ctx, MatMut::new(&mut few, m, n), Mat::new(a, m, k), Mat::new(&w, n, k).t(), true);
+                    assert_eq!(few, whole[first * n..(first + m) * n], "{isa:?}: {m} rows of [{n}, {k}]");
+                    // The same rows as columns of a stored transpose.
+                    let transposed: Vec<f32> = (0..k * m).map(|index| a[index % m * k + index / m]).collect();
+                    few.fill(0.5);
+                    matmul(
+                        &ctx,
+                        MatMut::new(&mut few, m, n),
+                        Mat::new(&transposed, k, m).t(),
+                        Mat::new(&w, n, k).t(),
+                        true,
+                    );
+                    assert_eq!(few, whole[first * n..(first + m) * n], "{isa:?}: {m} columns of [{n}, {k}]");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn strided_views_leave_the_gaps_alone() {
     let ctx = Compute::new(1);
     let (m, n, k, stride) = (20, 40, 30, 50);
@@ -116,6 +155,19 @@ fn strided_views_leave_the_gaps_alone() {
     );
     assert_eq!(dense(&c, m, n), expected);
     assert!(c.chunks(stride).all(|row| row[n..].iter().all(|&gap| gap == 7.0)));
+}
+
+#[test]
+fn one_row_may_be_a_column_of_a_wider_matrix() {
+    let ctx = Compute::new(1);
+    let (n, k, stride) = (20, 40, 7);
+    let (a, w) = (random(k * stride, 1), random(n * k, 2));
+    let row: Vec<f32> = a.iter().step_by(stride).copied().collect();
+    let (mut strided, mut dense) = (vec![0.0; n], vec![0.0; n]);
+    let column = Mat::with_stride(&a, k, 1, stride).t();
+    matmul(&ctx, MatMut::new(&mut strided, 1, n), column, Mat::new(&w, n, k).t(), false);
+    matmul(&ctx, MatMut::new(&mut dense, 1, n), Mat::new(&row, 1, k), Mat::new(&w, n, k).t(), false);
+    assert_eq!(strided, dense);
 }
 
 #[test]

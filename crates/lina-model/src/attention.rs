@@ -1,7 +1,7 @@
 //! Self-attention with its norm, projections, query and key norms, clipping and rotary positions.
 
 use lina_comm::{CommError, SharedBuffer, WorkKind};
-use lina_kernels::{self as kernels, AttentionShape, HeadLayout, Mat, MatMut, Product};
+use lina_kernels::{self as kernels, AttentionShape, HeadLayout, Mat, MatMut, PagedSequence, PagedShape, Product};
 
 use crate::config::{ModelConfig, QkNorm};
 use crate::norm::Norm;
@@ -83,6 +83,11 @@ impl Attention {
         }
     }
 
+    /// Works for another layer from here on: what a forward left for its backward is lost.
+    pub fn set_layer(&mut self, layer: usize) {
+        self.layer = layer;
+    }
+
     /// Elements held.
     pub fn elements(config: &ModelConfig, max_tokens: usize) -> usize {
         let per_token = config.qkv_width() + config.query_width() + config.heads;
@@ -92,16 +97,58 @@ impl Attention {
 
     /// `y = x + attention(norm(x))`, both `[tokens, hidden]`.
     pub fn forward(&mut self, pass: &mut Pass<'_>, dense: &[f32], x: &[f32], y: &mut [f32]) -> Result<(), CommError> {
-        let (config, places) = (pass.config, &pass.layout.layers[self.layer].attention);
-        let (tokens, hidden, width) = (pass.tokens(), config.hidden, config.qkv_width());
-        let projections = product_flops(tokens, width, hidden) + product_flops(tokens, hidden, config.query_width());
-        let scores =
-            2 * product_flops(config.heads, config.head_dim, 1) * pass.batch.visible_pairs(config.sliding_window);
-        pass.work(WorkKind::Attention, Some(self.layer), projections + scores)?;
+        self.announce(pass, pass.batch.visible_pairs(pass.config.sliding_window))?;
+        self.queries_keys_values(pass, dense, x);
+        let (config, tokens) = (pass.config, pass.tokens());
+        let qkv = &self.qkv[..tokens * config.qkv_width()];
+        let output = &mut self.output[..tokens * config.query_width()];
+        let log_sum_exp = &mut self.log_sum_exp[..tokens * config.heads];
+        kernels::attention_forward(pass.compute, &shape(pass), qkv, output, log_sum_exp);
+        self.add_output(pass, dense, x, y);
+        Ok(())
+    }
 
+    /// As [`forward`](Self::forward), for sequences that go on: their keys and values join those in `cache`, the
+    /// layer's part of it, and tokens attend to all of them. `visible_pairs`: pairs of a new token and one that it sees.
+    pub fn forward_cached(
+        &mut self,
+        pass: &mut Pass<'_>,
+        dense: &[f32],
+        sequences: &[PagedSequence<'_>],
+        visible_pairs: u64,
+        cache: &mut [f32],
+        x: &[f32],
+        y: &mut [f32],
+    ) -> Result<(), CommError> {
+        self.announce(pass, visible_pairs)?;
+        self.queries_keys_values(pass, dense, x);
+        let (config, tokens) = (pass.config, pass.tokens());
+        let shape = PagedShape {
+            window: config.sliding_window,
+            ..PagedShape::fused(sequences, config.heads, config.kv_heads, config.head_dim)
+        };
+        let qkv = &self.qkv[..tokens * config.qkv_width()];
+        kernels::paged_append(pass.compute, &shape, qkv, cache);
+        kernels::paged_attention(pass.compute, &shape, qkv, cache, &mut self.output[..tokens * config.query_width()]);
+        self.add_output(pass, dense, x, y);
+        Ok(())
+    }
+
+    /// Announces the layer's products over the pass's tokens.
+    fn announce(&self, pass: &mut Pass<'_>, visible_pairs: u64) -> Result<(), CommError> {
+        let (config, tokens) = (pass.config, pass.tokens());
+        let projections = product_flops(tokens, config.qkv_width(), config.hidden)
+            + product_flops(tokens, config.hidden, config.query_width());
+        let scores = 2 * product_flops(config.heads, config.head_dim, 1) * visible_pairs;
+        pass.work(WorkKind::Attention, Some(self.layer), projections + scores)
+    }
+
+    /// Norm, projections, clipping and rotation: `qkv` as attention sees it.
+    fn queries_keys_values(&mut self, pass: &Pass<'_>, dense: &[f32], x: &[f32]) {
+        let (config, places) = (pass.config, &pass.layout.layers[self.layer].attention);
         self.norm.forward(pass, &places.norm, dense, x);
         self.project(pass, places, dense);
-        let qkv = &mut self.qkv[..tokens * width];
+        let qkv = &mut self.qkv[..pass.tokens() * config.qkv_width()];
         if let Some(limit) = config.clip_qkv {
             self.unclipped[..qkv.len()].copy_from_slice(qkv);
             kernels::clamp(pass.compute, qkv, limit);
@@ -109,15 +156,16 @@ impl Attention {
         if let Some(table) = pass.rotary {
             kernels::rotary_forward(pass.compute, table, &pass.batch.positions, rotated_heads(config), qkv);
         }
-        let output = &mut self.output[..tokens * config.query_width()];
-        let log_sum_exp = &mut self.log_sum_exp[..tokens * config.heads];
-        kernels::attention_forward(pass.compute, &shape(pass), qkv, output, log_sum_exp);
+    }
 
+    /// `y = x + ` the output projection of what attention found.
+    fn add_output(&self, pass: &Pass<'_>, dense: &[f32], x: &[f32], y: &mut [f32]) {
+        let (config, tokens) = (pass.config, pass.tokens());
         y.copy_from_slice(x);
-        let weight = Mat::new(&dense[places.output.clone()], hidden, config.query_width());
-        let output = Mat::new(output, tokens, config.query_width());
-        kernels::matmul(pass.compute, MatMut::new(y, tokens, hidden), output, weight.t(), true);
-        Ok(())
+        let weight = &dense[pass.layout.layers[self.layer].attention.output.clone()];
+        let weight = Mat::new(weight, config.hidden, config.query_width());
+        let output = Mat::new(&self.output[..tokens * config.query_width()], tokens, config.query_width());
+        kernels::matmul(pass.compute, MatMut::new(y, tokens, config.hidden), output, weight.t(), true);
     }
 
     /// Queries, keys and values from the normed input, with their norm if there is one.

@@ -5,6 +5,7 @@ use lina_kernels::{IGNORED, Sequence};
 use thiserror::Error;
 
 use crate::config::ModelConfig;
+use crate::inference::VerificationError;
 
 /// One rank's tokens of one micro-batch. No tokens at all is ordinary: the rank still takes part in every exchange.
 #[derive(Clone, Copy, Debug, Default)]
@@ -87,6 +88,9 @@ pub enum StepError {
         /// Configured limit.
         limit: usize,
     },
+    /// A result over the ranks is not what one rank computes.
+    #[error(transparent)]
+    Verification(#[from] VerificationError),
 }
 
 /// The batch of the pass under way, kept for backward.

@@ -279,6 +279,14 @@ impl ModelConfig {
         self.layers - self.dense_layers.len()
     }
 
+    /// Index in the model of the MoE layer `number`, counted from 0 among such layers.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn moe_layer(&self, number: usize) -> usize {
+        (0..self.layers).filter(|&layer| self.is_moe(layer)).nth(number).expect("a layer with experts")
+    }
+
     /// Width of the queries of all heads.
     pub fn query_width(&self) -> usize {
         self.heads * self.head_dim

@@ -226,14 +226,7 @@ impl Model {
         let dense = &parameters.dense;
 
         moe.waiting.begin(pass.comm, layout);
-        pass.work(WorkKind::Embedding, None, 0)?;
-        let embedded = &mut residual[0][..elements];
-        kernels::embedding_forward(compute, &dense[layout.embedding.clone()], &pass.batch.input, embedded);
-        if let Some(positions) = &layout.positions {
-            // With one row per token, the sum of a token's rows is its position's vector.
-            let table = &dense[positions.clone()];
-            kernels::gather_backward(compute, table, config.hidden, &pass.batch.positions, embedded);
-        }
+        pass.embed(dense, &mut residual[0][..elements])?;
 
         for (number, layer) in layers.iter_mut().enumerate() {
             let [x, middle, y] = &mut residual[2 * number..2 * number + 3] else { unreachable!("three of a slice") };

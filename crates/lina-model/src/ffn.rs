@@ -67,6 +67,11 @@ impl DenseFfn {
         DenseFfn { layer, norm: Norm::new(config, max_tokens), projected: vec![0.0; max_tokens * input_width(config)] }
     }
 
+    /// Works for another layer from here on: what a forward left for its backward is lost.
+    pub fn set_layer(&mut self, layer: usize) {
+        self.layer = layer;
+    }
+
     /// Elements held.
     pub fn elements(config: &ModelConfig, max_tokens: usize) -> usize {
         Norm::elements(config, max_tokens) + max_tokens * input_width(config)

@@ -8,6 +8,7 @@
 //! | how do weights get in and out? | [`Checkpoint`], [`FolderWriter`] |
 //! | what does a pass compute, in which order? | [`Model`] (`decoder`), with `attention`, `ffn`, `moe` |
 //! | which token's row goes where? | `routing` |
+//! | what does a step of inference compute? | [`InferenceModel`] (`inference`) |
 //! | how much memory does a rank need? | [`memory_plan`] |
 //!
 //! The crate hands all-to-alls and gradients to a [`lina_comm::Comm`] and is told by it how many pipeline chunks to
@@ -22,6 +23,7 @@ mod decoder;
 mod exchanges;
 mod experts;
 mod ffn;
+mod inference;
 mod initial;
 mod jitter;
 mod memory;
@@ -39,6 +41,11 @@ pub use config::{
     Sizes, SpecialTokens,
 };
 pub use decoder::{Model, ModelLimits};
+pub use inference::{
+    Chooser, ExpertOptions, Forecast, Gate, InferenceBatch, InferenceLimits, InferenceModel, InferenceStats,
+    InferenceWeights, KvCache, LayerStats, LogitsOf, RoutingRecord, SequenceFeed, VerificationError,
+    measure_placement_costs,
+};
 pub use memory::{MemoryPart, memory_plan};
 pub use moe::{LayerRouting, RouterLosses};
 pub use params::{Buffer, Parameter, ParameterLayout, Parameters, Place};

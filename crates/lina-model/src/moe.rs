@@ -233,12 +233,7 @@ fn receive(
     let width = pass.config.hidden;
     let exchange = pass.comm.wait(ticket)?;
     pass.work(WorkKind::Permute, Some(layer), 0)?;
-    let mut arrived = exchange.recv.as_slice();
-    for block in &chunk.blocks {
-        let (piece, rest) = arrived.split_at(block.rows.len() * width);
-        rows[block.rows.start * width..block.rows.end * width].copy_from_slice(piece);
-        arrived = rest;
-    }
+    chunk.place_arrived(width, &exchange.recv, rows);
     exchanges.put(exchange, None);
     Ok(())
 }

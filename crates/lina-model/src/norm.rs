@@ -37,15 +37,19 @@ impl Norm {
 
     /// Normalises `x` `[tokens, hidden]`.
     pub fn forward(&mut self, pass: &Pass<'_>, place: &NormPlace, dense: &[f32], x: &[f32]) {
-        let tokens = pass.tokens();
+        self.forward_rows(pass, place, dense, x, pass.tokens());
+    }
+
+    /// Normalises `x` `[rows, hidden]`, rows of some other number than the pass's tokens.
+    pub fn forward_rows(&mut self, pass: &Pass<'_>, place: &NormPlace, dense: &[f32], x: &[f32], rows: usize) {
         let output = &mut self.output[..x.len()];
-        let inverse = &mut self.inverse[..tokens];
+        let inverse = &mut self.inverse[..rows];
         let weight = &dense[place.weight.clone()];
         let epsilon = pass.config.norm_epsilon;
         match &place.bias {
             None => kernels::rms_norm_forward(pass.compute, x, weight, epsilon, output, inverse),
             Some(bias) => {
-                let (bias, mean) = (&dense[bias.clone()], &mut self.mean[..tokens]);
+                let (bias, mean) = (&dense[bias.clone()], &mut self.mean[..rows]);
                 kernels::layer_norm_forward(pass.compute, x, weight, bias, epsilon, output, mean, inverse);
             }
         }

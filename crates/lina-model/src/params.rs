@@ -228,11 +228,7 @@ impl Parameters {
     /// Fills parameters with the initial values that `seed` gives. Each parameter has its own random numbers, drawn
     /// by its key, so that they do not depend on ranks or on what a rank holds.
     pub fn initialise(&mut self, layout: &ParameterLayout, seed: u64) {
-        for parameter in layout.parameters() {
-            if let Some(values) = self.get_mut(layout, &parameter.place) {
-                parameter.initial.fill(values, seed, &parameter.key);
-            }
-        }
+        layout.initialise_into(seed, &mut self.dense, &mut self.experts);
     }
 
     /// A parameter's elements; `None` if this rank does not hold it.
@@ -273,6 +269,18 @@ pub enum Buffer {
 }
 
 impl ParameterLayout {
+    /// Fills buffers `[dense_len]` and `[experts_len]` with the initial values that `seed` gives.
+    pub(crate) fn initialise_into(&self, seed: u64, dense: &mut [f32], experts: &mut [f32]) {
+        for parameter in &self.parameters {
+            let values = match self.place_range(&parameter.place) {
+                Some((Buffer::Dense, range)) => &mut dense[range],
+                Some((Buffer::Experts, range)) => &mut experts[range],
+                None => continue,
+            };
+            parameter.initial.fill(values, seed, &parameter.key);
+        }
+    }
+
     /// In which of this rank's buffers a parameter lies, and where; `None` if the rank does not hold it.
     pub fn place_range(&self, place: &Place) -> Option<(Buffer, Range<usize>)> {
         match place {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use lina_comm::{Comm, CommError, GradientRegion, GroupId, SharedBuffer, Work, WorkKind};
-use lina_kernels::{Compute, RotaryTable};
+use lina_kernels::{self as kernels, Compute, RotaryTable};
 
 use crate::batch::{LoadedBatch, StepContext};
 use crate::config::ModelConfig;
@@ -32,6 +32,18 @@ impl Pass<'_> {
     /// Announces the computation that follows.
     pub fn work(&mut self, kind: WorkKind, layer: Option<usize>, flops: u64) -> Result<(), CommError> {
         self.comm.work(Work { kind, layer: layer.map(|layer| layer as u32), flops })
+    }
+
+    /// The batch's tokens and, where they are learned, positions as vectors: overwrites `embedded` `[tokens, hidden]`.
+    pub fn embed(&mut self, dense: &[f32], embedded: &mut [f32]) -> Result<(), CommError> {
+        self.work(WorkKind::Embedding, None, 0)?;
+        kernels::embedding_forward(self.compute, &dense[self.layout.embedding.clone()], &self.batch.input, embedded);
+        if let Some(positions) = &self.layout.positions {
+            // With one row per token, the sum of a token's rows is its position's vector.
+            let table = &dense[positions.clone()];
+            kernels::gather_backward(self.compute, table, self.config.hidden, &self.batch.positions, embedded);
+        }
+        Ok(())
     }
 
     /// Hands a finished slice of the dense gradients over.

@@ -92,7 +92,25 @@ impl ChunkPlan {
         self.recv_rows.iter().sum()
     }
 
-    fn reset(&mut self, tokens: Range<usize>, ranks: usize) {
+    /// `rows` rows for the expert in `slot`.
+    pub fn of_one_expert(slot: usize, rows: usize) -> Self {
+        let mut chunk = ChunkPlan { blocks: vec![Block { slot, rows: 0..rows }], ..ChunkPlan::default() };
+        chunk.join();
+        chunk
+    }
+
+    /// Puts the rows that arrived, of `width` elements each, into expert-major `rows`.
+    pub fn place_arrived(&self, width: usize, arrived: &[f32], rows: &mut [f32]) {
+        let mut arrived = arrived;
+        for block in &self.blocks {
+            let (piece, rest) = arrived.split_at(block.rows.len() * width);
+            rows[block.rows.start * width..block.rows.end * width].copy_from_slice(piece);
+            arrived = rest;
+        }
+    }
+
+    /// Forgets everything, for other tokens.
+    pub fn reset(&mut self, tokens: Range<usize>, ranks: usize) {
         self.tokens = tokens;
         self.send_rows.clear();
         self.send_rows.resize(ranks, 0);
@@ -104,7 +122,7 @@ impl ChunkPlan {
     }
 
     /// Makes `runs` and `spans` of `blocks`.
-    fn join(&mut self) {
+    pub fn join(&mut self) {
         self.runs.extend_from_slice(&self.blocks);
         self.runs.sort_unstable_by_key(|run| run.rows.start);
         self.runs.dedup_by(|next, run| {

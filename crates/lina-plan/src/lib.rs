@@ -18,10 +18,16 @@
 //! | which sizes suit this job? | [`Tuner`] |
 //! | which rank, host or link is slow? | [`diagnose`] |
 //! | which tokens are in which pipeline chunk? | [`chunk_range`] |
+//! | which experts will a token choose next? | [`PathTables`], [`History`] |
+//! | which device serves which expert, and which rows? | [`ExpertPlacement`], [`TokenShares`] |
+//! | which expert is copied when? | [`ExpertScheduler`] |
+//! | which sequences does a step of generation feed? | [`Batcher`] |
 
+mod batching;
 mod cutter;
 mod diagnosis;
 mod gaps;
+mod inference;
 mod layout;
 mod operation;
 mod packing;
@@ -32,9 +38,16 @@ mod sequencer;
 mod split;
 mod tuning;
 
+pub use batching::{AdmittedSequence, BatchLimits, BatchStep, Batcher, DoesNotFit, SequenceFeed};
 pub use cutter::{GradientCutter, MicroOp};
 pub use diagnosis::{Aspect, Finding, PairMeasurements, Place, diagnose, pair_rounds};
 pub use gaps::{GapPlan, GapTimings, LinkUse};
+pub use inference::{
+    AccuracyMeter, Adaptation, CopyTerms, Estimator, ExpertPlacement, ExpertScheduler, ExpertSchedulerSettings,
+    Following, History, Horizon, LayerAccuracy, LayerLoads, PathArrays, PathError, PathTables, PathTablesBuilder,
+    PlacementCosts, PlacementError, PlacementPolicy, Settlement, Share, SlotCopy, TokenShares, adapt, best_placement,
+    eplb, first_fit, makespan_bound_ns, overlap, same_top_experts, token_accuracy, top_experts,
+};
 pub use layout::{ExpertLayout, LayoutError};
 pub use operation::{AllToAllKind, Direction, GroupId, Leg, Nanos};
 pub use packing::{PACKING_VALUES, PackingController, PackingForecast, PackingLadder, PackingSample, ReplicaCosts};

@@ -36,6 +36,8 @@ pub enum Leg {
     Combine,
     /// Experts' parameters to the rank that writes a checkpoint, between steps.
     Parameters,
+    /// What rank 0 asks of the others in a step of inference, and their answers.
+    Requests,
 }
 
 /// What one all-to-all micro-op carries.
@@ -70,6 +72,7 @@ impl AllToAllKind {
         match (self.direction, self.leg) {
             (_, Leg::Counts) => "token counts",
             (_, Leg::Parameters) => "parameters",
+            (_, Leg::Requests) => "requests",
             (Direction::Forward, Leg::Dispatch) => "dispatch",
             (Direction::Forward, Leg::Combine) => "combine",
             (Direction::Backward, Leg::Combine) => "combine backward",

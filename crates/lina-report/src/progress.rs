@@ -65,18 +65,28 @@ impl Progress {
 
     /// Reports a finished step.
     pub fn step(&mut self, step: &StepProgress) {
-        let remaining = self.remaining(step.steps_done, self.started.elapsed());
+        self.show("step", step.steps_done, &describe(step));
+    }
+
+    /// Reports that `done` parts of something else than steps are done; `what` they are, in a word or two.
+    pub fn reached(&mut self, what: &str, done: u64) {
+        self.show(what, done, "");
+    }
+
+    fn show(&mut self, what: &str, done: u64, details: &str) {
+        let left = self.remaining(done, self.started.elapsed());
+        let left = left.map_or_else(String::new, |seconds| format!("  left {}", wait(seconds)));
         match &mut self.output {
             Output::Bar(bar) => {
-                bar.set_position(step.steps_done);
-                bar.set_message(describe(step, remaining));
+                bar.set_position(done);
+                bar.set_message(if details.is_empty() { format!("{what}{left}") } else { format!("{details}{left}") });
             }
             Output::Plain { last_line } => {
                 let due = last_line.is_none_or(|at| at.elapsed() >= PLAIN_INTERVAL);
-                if due || step.steps_done >= self.total_steps {
+                if due || done >= self.total_steps {
                     *last_line = Some(Instant::now());
-                    let (done, total) = (step.steps_done, self.total_steps);
-                    say(&format!("step {done}/{total}  {}", describe(step, remaining)));
+                    let details = if details.is_empty() { String::new() } else { format!("  {details}") };
+                    say(&format!("{what} {done}/{}{details}{left}", self.total_steps));
                 }
             }
             Output::Silent => {}
@@ -107,19 +117,14 @@ impl Progress {
     }
 }
 
-fn describe(step: &StepProgress, remaining_s: Option<f64>) -> String {
+fn describe(step: &StepProgress) -> String {
     let clock = if step.emulated { " (emulated)" } else { "" };
-    let mut text = format!(
+    format!(
         "loss {:.4}  {} tokens/s  all-to-all {} ms{clock}",
         step.loss,
         thousands(step.tokens_per_s.round() as u64),
         significant(step.a2a_ms),
-    );
-    if let Some(seconds) = remaining_s {
-        text.push_str("  left ");
-        text.push_str(&wait(seconds));
-    }
-    text
+    )
 }
 
 /// A line on stderr. A closed stderr is no reason to end a run, as `eprintln!` would.
@@ -134,12 +139,9 @@ mod tests {
     #[test]
     fn a_line_says_what_matters() {
         let step = StepProgress { steps_done: 3, loss: 4.56789, tokens_per_s: 12_345.6, a2a_ms: 3.456, emulated: true };
+        assert_eq!(describe(&step), "loss 4.5679  12,346 tokens/s  all-to-all 3.46 ms (emulated)");
         assert_eq!(
-            describe(&step, Some(185.0)),
-            "loss 4.5679  12,346 tokens/s  all-to-all 3.46 ms (emulated)  left 3 min 05 s"
-        );
-        assert_eq!(
-            describe(&StepProgress { emulated: false, ..step }, None),
+            describe(&StepProgress { emulated: false, ..step }),
             "loss 4.5679  12,346 tokens/s  all-to-all 3.46 ms"
         );
     }

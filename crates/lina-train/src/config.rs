@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use lina_data::{DataConfig, DataError, Tokenizer};
 use lina_model::{ModelConfig, ModelSection};
 use lina_plan::{ExpertLayout, LayoutError, PackingLadder, PolicyRules};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 pub use document::Override;
@@ -83,9 +84,7 @@ impl RunConfig {
         let sections: Sections = reader::read(document.table.clone())
             .map_err(|error| ConfigError::invalid(document.place(error.origin.as_ref()), error.to_string()))?;
         let Sections { model: model_section, data, train, mut cluster, policy, bench } = sections;
-        if cluster.engine == Engine::Mpi && document.origin("cluster.ranks").is_none() {
-            cluster.ranks = launched_ranks().unwrap_or(cluster.ranks);
-        }
+        take_launched_ranks(&document, &mut cluster);
         let DataSection { files, eval_files, eval_fraction, text_key, tokenizer } = data;
         let model = model_section
             .resolve(Path::new(""), &format!("{}: [model]", file.display()))
@@ -178,6 +177,43 @@ impl RunConfig {
     /// `[bench]`, or its defaults.
     pub fn bench_or_default(&self) -> BenchConfig {
         self.bench.clone().unwrap_or_default()
+    }
+}
+
+/// Sections of another program's configuration, with a `[cluster]` among them.
+pub trait ClusterSections: DeserializeOwned {
+    /// `[cluster]`.
+    fn cluster(&mut self) -> &mut ClusterConfig;
+
+    /// The first thing that cannot be in the other sections: its key, and a sentence about it.
+    ///
+    /// # Errors
+    /// If there is one.
+    fn check(&self) -> Result<(), (&'static str, String)>;
+}
+
+/// Reads `file` as `T`, with `overrides`, as [`RunConfig::load`] reads a run's configuration.
+///
+/// # Errors
+/// The first thing that is wrong, with its line or option.
+pub fn load_sections<T: ClusterSections>(file: &Path, overrides: &[Override]) -> Result<T, ConfigError> {
+    let mut document = Document::read(file)?;
+    overrides.iter().for_each(|change| document.apply(change));
+    let mut sections: T = reader::read(document.table.clone())
+        .map_err(|error| ConfigError::invalid(document.place(error.origin.as_ref()), error.to_string()))?;
+    let cluster = sections.cluster();
+    take_launched_ranks(&document, cluster);
+    let ranks = check::check_ranks(cluster).map_err(|problem| (problem.key, problem.message));
+    ranks
+        .and_then(|()| sections.check())
+        .map_err(|(key, message)| ConfigError::invalid(document.place(document.origin(key)), message))?;
+    Ok(sections)
+}
+
+/// On MPI, ranks need not be written.
+fn take_launched_ranks(document: &Document, cluster: &mut ClusterConfig) {
+    if cluster.engine == Engine::Mpi && document.origin("cluster.ranks").is_none() {
+        cluster.ranks = launched_ranks().unwrap_or(cluster.ranks);
     }
 }
 

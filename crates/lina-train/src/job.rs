@@ -18,11 +18,11 @@ use crate::panics::{RANK_THREAD, panic_reason};
 const STACK_BYTES: usize = 8 << 20;
 
 /// What all ranks came to.
-pub(crate) struct JobOutcome<R> {
+pub struct JobOutcome<R> {
     /// By rank; of this process's rank only, where ranks are processes.
-    pub(crate) ranks: Vec<R>,
+    pub ranks: Vec<R>,
     /// Bounds of the steps, on the emulated cluster.
-    pub(crate) bounds: Vec<StepBound>,
+    pub bounds: Vec<StepBound>,
 }
 
 /// Runs `rank_main` on every rank of `cluster` until all have ended; on MPI, on this process's rank, where `identity`
@@ -30,7 +30,7 @@ pub(crate) struct JobOutcome<R> {
 ///
 /// # Errors
 /// The first rank's own error, not what the others heard of it.
-pub(crate) fn run_job<R: Send>(
+pub fn run_job<R: Send>(
     cluster: &ClusterConfig,
     experts: &ExpertLayout,
     rules: PolicyRules,

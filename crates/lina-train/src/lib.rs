@@ -43,11 +43,12 @@ mod worker;
 pub use bench::{BenchOptions, BenchSummary, Studies, bench_train};
 pub use compute::{ComputeSummary, bench_compute};
 pub use config::{
-    BenchConfig, ClusterConfig, ConfigError, DeviceConfig, Engine, LinkConfig, Override, PolicyConfig, RunConfig,
-    TrainConfig,
+    BenchConfig, ClusterConfig, ClusterSections, ConfigError, DeviceConfig, Engine, LinkConfig, Override, PolicyConfig,
+    RunConfig, TrainConfig, load_sections,
 };
 pub use diagnose::{PairMeasured, RankDiagnosis, RankMeasured, diagnose_ranks};
 pub use error::TrainError;
+pub use job::{JobOutcome, run_job};
 pub use eval::{EvalOptions, EvalSummary, eval};
 pub use launcher::{launched_rank, launched_ranks};
 #[cfg(feature = "mpi")]

@@ -60,6 +60,8 @@ Examples:
   lina train examples/quickstart.toml --policy fair --set train.learning_rate=3e-4 --json
   lina bench train examples/quickstart.toml --policies fair,lina
   lina eval runs/first/checkpoint-300 --data README.md
+  lina generate runs/first/checkpoint-300 --prompt 'fn main'
+  lina serve runs/first/checkpoint-300 --port 8000
 
 Exit codes: 0 success, 1 a lost rank or a bug, 2 bad input, 130 stopped by ctrl-C.";
 
@@ -74,6 +76,15 @@ pub(crate) enum Command {
     /// Measures the loss of a model on a text.
     #[command(after_help = EVAL_EXAMPLES)]
     Eval(EvalArguments),
+    /// Has a model go on from a prompt, or answer it.
+    #[command(after_help = GENERATE_EXAMPLES)]
+    Generate(GenerateArguments),
+    /// Answers requests over HTTP as OpenAI's servers do.
+    #[command(after_help = SERVE_EXAMPLES)]
+    Serve(ServeArguments),
+    /// Learns from a text which experts tokens choose next.
+    #[command(after_help = PROFILE_EXAMPLES)]
+    Profile(ProfileArguments),
     /// Says what this machine has and what each engine lacks, or which rank, host or link of a job is slow.
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArguments),
@@ -87,6 +98,9 @@ pub(crate) enum BenchCommand {
     /// Measures a training step's arithmetic against its bare matrix products, on one rank.
     #[command(after_help = BENCH_COMPUTE_EXAMPLES)]
     Compute(BenchComputeArguments),
+    /// Compares ways to place experts, batch by batch, on a cluster that serves.
+    #[command(after_help = BENCH_INFER_EXAMPLES)]
+    Infer(BenchInferArguments),
 }
 
 const TRAIN_EXAMPLES: &str = "\
@@ -135,6 +149,49 @@ window is dropped. A folder without tokenizer.json is byte-level.
 
 Example:
   lina eval runs/first/checkpoint-300 --data README.md --seq-tokens 128";
+
+const GENERATE_EXAMPLES: &str = "\
+Without options, tokens are chosen as the folder's generation_config.json says, and where it says nothing the
+likeliest is taken. One of --temperature, --top-p, --top-k and --seed has them drawn. The answer goes to
+stdout as it is made; what it took goes to stderr. --json gives one object with token_ids, logprobs, text,
+finish_reason (stop or length), prompt_tokens, seed, first_token_ms and tokens_per_s.
+
+Examples:
+  lina generate runs/first/checkpoint-300 --prompt 'fn main' --max-new-tokens 200
+  lina generate runs/first/checkpoint-300 --prompt 'fn main' --temperature 0.8 --top-p 0.95 --seed 1
+  lina generate models/chat --chat --prompt 'Why is the sky blue?' --stop 'User:' --ranks 2
+  lina generate models/chat --prompt-file question.txt --greedy --json";
+
+const PROFILE_EXAMPLES: &str = "\
+The profile is what `--estimator path` goes by: for each path of experts that tokens took through the last layers, how
+often each expert came next. It fits the model that it was made of and no other.
+
+Example:
+  lina profile runs/specialised/checkpoint-600 --data 'crates/*/src/**/*.rs' --out specialised.profile \\
+      --held-out 'examples/data/*.txt'";
+
+const BENCH_INFER_EXAMPLES: &str = "\
+Schedulers: static (experts never move), ideal (a gate that is forced to balance), lina (the paper's), eplb (DeepSeek's),
+lina-auto (ours), best (popularity known, copies free); no-estimation and no-fine-tuning are lina without one of its
+phases. @path, @next-gate, @history or @oracle after lina, no-fine-tuning or lina-auto says what phase one goes by.
+
+Examples:
+  lina bench infer runs/specialised/checkpoint-600 --data 'examples/data/*.txt' --profile specialised.profile
+  lina bench infer runs/specialised/checkpoint-600 --data README.md --schedulers eplb,lina-auto --set infer.slots=2
+  lina bench infer runs/specialised/checkpoint-600 --data README.md --synthetic-skew 5.56";
+
+const SERVE_EXAMPLES: &str = "\
+/v1/completions and /v1/chat/completions (the latter if the folder has a chat template), /v1/models, /health,
+/metrics for Prometheus, and a page with the load of experts and devices at /. The API key, also taken from
+LINA_API_KEY, guards /v1/ only. The first ctrl-C or SIGTERM takes no more requests and ends when those that
+run or wait are answered; the second one ends at once. --json prints one object with what was served.
+
+Examples:
+  lina serve runs/first/checkpoint-300
+  lina serve models/chat --ranks 2 --port 8080 --served-model-name chat --served-model-name org/chat
+  LINA_API_KEY=... lina serve models/chat --host 0.0.0.0 --max-running 128
+  curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+    -d '{\"model\": \"checkpoint-300\", \"prompt\": \"fn main\", \"max_tokens\": 100}'";
 
 /// A configuration file and changes to it.
 #[derive(Debug, Args)]
@@ -276,6 +333,189 @@ pub(crate) struct EvalArguments {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct GenerateArguments {
+    /// Hugging Face folder with config.json and model.safetensors.
+    #[arg(value_name = "MODEL_DIR")]
+    pub(crate) model: PathBuf,
+    /// Text to go on from.
+    #[arg(long, value_name = "TEXT", required_unless_present = "prompt_file", conflicts_with = "prompt_file")]
+    pub(crate) prompt: Option<String>,
+    /// File with the text to go on from, all of it.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// Takes the prompt for a user's message and puts the model's chat template around it.
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// Longest answer, in tokens.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) max_new_tokens: usize,
+    /// Always takes the likeliest token.
+    #[arg(long, conflicts_with_all = ["temperature", "top_p", "top_k", "seed"])]
+    pub(crate) greedy: bool,
+    /// Divides logits before a token is drawn; 0 takes the likeliest.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub(crate) temperature: Option<f32>,
+    /// Draws from the likeliest tokens whose probabilities sum to P.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) top_p: Option<f32>,
+    /// Draws from the K likeliest tokens; 0 is all.
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
+    /// Makes tokens less likely that are there already: above 1.
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub(crate) repetition_penalty: Option<f32>,
+    /// Draws the same tokens again [default: another one each time].
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// Ends the answer before this text; may be repeated.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Number of ranks [default: 1, or those that the launcher of engine mpi has started].
+    #[arg(long, value_name = "N")]
+    pub(crate) ranks: Option<usize>,
+    /// What carries the ranks' messages: local or, if this build has it, mpi.
+    #[arg(long, value_name = "ENGINE", default_value = "local", value_parser = PossibleValuesParser::new(built_engines()))]
+    pub(crate) engine: String,
+    /// Threads that compute for one rank; 0 shares the cores out.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+    #[command(flatten)]
+    pub(crate) output: OutputArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ProfileArguments {
+    /// Hugging Face folder with config.json and model.safetensors.
+    #[arg(value_name = "MODEL_DIR")]
+    pub(crate) model: PathBuf,
+    /// Text or .jsonl file to learn from, or a glob of them.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: PathBuf,
+    /// The file to write.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Layers of a path.
+    #[arg(long, value_name = "L", default_value_t = 3)]
+    pub(crate) path_length: usize,
+    /// Text on which estimators are compared, or a glob of files.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) held_out: Option<PathBuf>,
+    /// Tokens of a window [default: the model's positions, at most 256].
+    #[arg(long, value_name = "T")]
+    pub(crate) seq_tokens: Option<usize>,
+    /// Tokens of a batch: popularity is of batches [default: 4096].
+    #[arg(long, value_name = "T")]
+    pub(crate) batch_tokens: Option<usize>,
+    /// Threads that compute; 0 is all cores.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+    #[command(flatten)]
+    pub(crate) output: OutputArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchInferArguments {
+    /// Hugging Face folder with config.json and model.safetensors.
+    #[arg(value_name = "MODEL_DIR")]
+    pub(crate) model: PathBuf,
+    /// Text or .jsonl file of the batches, or a glob of them.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: PathBuf,
+    /// TOML file with the cluster and the batches.
+    #[arg(long, value_name = "CONFIG.toml", default_value = "examples/infer.toml")]
+    pub(crate) config: PathBuf,
+    /// Sets one value of it, such as infer.slots=2; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
+    pub(crate) set: Vec<String>,
+    /// Schedulers to compare, with commas between [default: all of the paper's, eplb, lina-auto and best].
+    #[arg(long, value_name = "S,S,...", value_delimiter = ',')]
+    pub(crate) schedulers: Vec<String>,
+    /// Tables for the estimator path, as `lina profile` writes them.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) profile: Option<PathBuf>,
+    /// Chooses experts without the model: its hottest over its coldest expert, such as the paper's 5.56.
+    #[arg(long, value_name = "RATIO")]
+    pub(crate) synthetic_skew: Option<f64>,
+    /// Folder that gets report.html, with pictures, and bench.json [default: none].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) output: OutputArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArguments {
+    /// Hugging Face folder with config.json and model.safetensors.
+    #[arg(value_name = "MODEL_DIR")]
+    pub(crate) model: PathBuf,
+    /// Name or address to listen on; 0.0.0.0 is all of this machine's.
+    #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// Port; 0 is any that is free.
+    #[arg(long, value_name = "PORT", default_value_t = 8000)]
+    pub(crate) port: u16,
+    /// Key that requests must bring [default: LINA_API_KEY, or none].
+    #[arg(long, value_name = "KEY")]
+    pub(crate) api_key: Option<String>,
+    /// Name of the model in requests; may be repeated, answers use the first [default: the folder's name].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) served_model_name: Vec<String>,
+    /// Sequences that are generated at the same time.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least_one)]
+    pub(crate) max_running: usize,
+    /// Requests that wait for a place; more are turned away.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub(crate) max_queue: usize,
+    /// Connections that are open at the same time; more wait.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = at_least_one)]
+    pub(crate) max_connections: usize,
+    /// Largest body of a request.
+    #[arg(long, value_name = "BYTES", default_value_t = 4 << 20, value_parser = at_least_one)]
+    pub(crate) max_body_bytes: usize,
+    /// Longest prompt [default: what the longest sequence leaves].
+    #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
+    pub(crate) max_prompt_tokens: Option<usize>,
+    /// Longest sequence, prompt and answer together [default: the model's positions, at most 4096].
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) max_sequence_tokens: Option<usize>,
+    /// Seconds in which a client must send a request's head, its body, and read on when an answer waits for it.
+    #[arg(long, value_name = "S", default_value_t = 30.0, allow_negative_numbers = true)]
+    pub(crate) client_timeout_s: f64,
+    /// Memory for keys and values of all ranks of a process.
+    #[arg(long, value_name = "GIB", default_value_t = 1.0, allow_negative_numbers = true)]
+    pub(crate) cache_gib: f64,
+    /// Most tokens that a rank computes in a step.
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    pub(crate) step_tokens: usize,
+    /// How experts are placed on several ranks: static, lina, eplb or lina-auto.
+    #[arg(long, value_name = "POLICY", default_value = "lina-auto")]
+    pub(crate) placement: String,
+    /// What placements go by: next-gate, history, or path with --profile.
+    #[arg(long, value_name = "ESTIMATOR", default_value = "next-gate")]
+    pub(crate) estimator: String,
+    /// Tables that `lina profile` has made of this model.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) profile: Option<PathBuf>,
+    /// Experts that a rank holds ready in each layer [default: an even share and one more].
+    #[arg(long, value_name = "N")]
+    pub(crate) slots: Option<usize>,
+    /// Computes every n-th token again on its own rank and compares.
+    #[arg(long, value_name = "N")]
+    pub(crate) verify_every: Option<u64>,
+    /// Number of ranks [default: 1, or those that the launcher of engine mpi has started].
+    #[arg(long, value_name = "N")]
+    pub(crate) ranks: Option<usize>,
+    /// What carries the ranks' messages: local or, if this build has it, mpi.
+    #[arg(long, value_name = "ENGINE", default_value = "local", value_parser = PossibleValuesParser::new(built_engines()))]
+    pub(crate) engine: String,
+    /// Threads that compute for one rank; 0 shares the cores out.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+    #[command(flatten)]
+    pub(crate) output: OutputArguments,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct DoctorArguments {
     /// Measures the ranks of a job on this engine against each other: local or, if this build has it, mpi.
     #[arg(long, value_name = "ENGINE", value_parser = PossibleValuesParser::new(built_engines()))]
@@ -286,6 +526,15 @@ pub(crate) struct DoctorArguments {
     /// Prints one JSON object on stdout instead of text.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// A number of things of which there must be one.
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("expected at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Names of the engines that this build has.

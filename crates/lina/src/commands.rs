@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::time::{Duration, Instant};
 
+use lina_infer::InferError;
 use lina_train::{
     BenchOptions, ClusterConfig, ConfigError, Engine, EvalOptions, Override, Studies, TrainError, TrainOptions,
     TrainSummary, bench_compute, bench_train, default_run_folder, diagnose_ranks, eval, launched_rank, launched_ranks,
@@ -13,7 +14,7 @@ use crate::arguments::{
     Arguments, BenchCommand, BenchComputeArguments, BenchTrainArguments, Command, DoctorArguments, EvalArguments,
     OutputArguments, TrainArguments,
 };
-use crate::{doctor, output, signals};
+use crate::{doctor, generate, inference, output, serve, signals};
 
 /// Threads that the doctor measures where nobody says how many.
 const DOCTOR_RANKS: usize = 4;
@@ -54,6 +55,12 @@ impl From<TrainError> for Failure {
     }
 }
 
+impl From<InferError> for Failure {
+    fn from(error: InferError) -> Self {
+        Failure::new(&error, error.exit_code())
+    }
+}
+
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
         Failure::new(error, 2)
@@ -73,6 +80,10 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Bench(BenchCommand::Train(arguments)) => run_bench_train(arguments),
         Command::Bench(BenchCommand::Compute(arguments)) => run_bench_compute(arguments),
         Command::Eval(arguments) => run_eval(arguments),
+        Command::Generate(arguments) => generate::run(arguments),
+        Command::Serve(arguments) => serve::run(arguments),
+        Command::Profile(arguments) => inference::run_profile(arguments),
+        Command::Bench(BenchCommand::Infer(arguments)) => inference::run_bench(arguments),
         Command::Doctor(arguments) => run_doctor(arguments),
     }
 }
@@ -212,12 +223,12 @@ fn run_rank_doctor(engine: Engine, ranks: Option<usize>, json: bool) -> Result<(
 }
 
 /// The engine of a name that the arguments have been checked for.
-fn engine_named(name: &str) -> Engine {
+pub(crate) fn engine_named(name: &str) -> Engine {
     Engine::BUILT.iter().copied().find(|engine| engine.name() == name).unwrap_or(Engine::Local)
 }
 
 /// A launcher that loses a rank terminates the others: they stay long enough to say why.
-fn outlive_launcher(cluster: &ClusterConfig) -> Result<(), Failure> {
+pub(crate) fn outlive_launcher(cluster: &ClusterConfig) -> Result<(), Failure> {
     if cluster.engine == Engine::Mpi {
         signals::ignore_termination()
             .map_err(|error| Failure::new(format_args!("SIGTERM cannot be listened for: {error}"), 1))?;

@@ -6,7 +6,10 @@
 mod arguments;
 mod commands;
 mod doctor;
+mod generate;
+mod inference;
 mod output;
+mod serve;
 mod signals;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -37,6 +37,22 @@ pub(crate) fn stop_on_signals(quiet: bool) -> Result<StopFlag, ctrlc::Error> {
     Ok(stop)
 }
 
+/// From now on, the first signal of the kind calls `drain`, and a second one ends the process.
+///
+/// # Errors
+/// If the operating system refuses to deliver them.
+pub(crate) fn drain_on_signals(quiet: bool, drain: impl Fn() + Send + 'static) -> Result<(), ctrlc::Error> {
+    ctrlc::set_handler(move || {
+        if ASKED_TO_END.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED);
+        }
+        drain();
+        if !quiet {
+            output::say("taking no more requests, answering those that run or wait; ctrl-C again stops at once");
+        }
+    })
+}
+
 /// Makes a write beyond the process's file size limit (`ulimit -f`) an error like that of a full disk, where the
 /// system would otherwise kill the process.
 ///

@@ -18,13 +18,19 @@ pub(super) trait Kernel {
     /// Columns of a full tile.
     const COLS: usize;
 
-    /// Up to this many rows, packing B costs more than it saves, and [`Kernel::direct_tile`] takes its place.
+    /// Up to this many rows, packing a row-major B costs more than it saves, and [`Kernel::direct_tile`] takes its place.
     const DIRECT_ROWS: usize = 0;
+    /// Columns of such a tile.
+    const DIRECT_COLS: usize = 1;
+    /// The same for a B that is contiguous along its columns, and [`Kernel::direct_panel`].
+    const PANEL_ROWS: usize = 0;
+    /// Columns of a full panel.
+    const PANEL_COLS: usize = 1;
 
     /// As [`Kernel::tile`] for `rows <= DIRECT_ROWS`, with nothing packed.
     ///
     /// # Safety
-    /// As [`Kernel::tile`]. One of B's strides is 1.
+    /// As [`Kernel::tile`]. B's rows are contiguous.
     unsafe fn direct_tile(
         rows: usize,
         cols: usize,
@@ -36,6 +42,36 @@ pub(super) trait Kernel {
         load_c: bool,
     ) {
         let _ = (cols, depth, a, b, c, c_stride, load_c);
+        unreachable!("{rows} rows without packing");
+    }
+
+    /// Packs `rows <= PANEL_ROWS` rows of A for [`Kernel::direct_panel`]: element (row, p) goes to `to[p * rows.next_power_of_two() + row]`.
+    ///
+    /// # Safety
+    /// As [`Kernel::pack_a`]. `to` has room for `pack::strip_floats` of that width.
+    unsafe fn pack_rows(a: Strided, rows: usize, depth: usize, to: *mut f32) {
+        let _ = (a, depth, to);
+        unreachable!("{rows} rows without packing");
+    }
+
+    /// Computes `rows <= PANEL_ROWS` rows of C at `cols <= PANEL_COLS` columns through the whole depth, from packed rows of A (a single row is contiguous) and a B
+    /// whose columns are contiguous and `b_stride` apart. `next` is what will be read after it, to be prefetched.
+    ///
+    /// # Safety
+    /// The pointers are valid for these shapes, but for `next`, and the machine has the instructions.
+    unsafe fn direct_panel(
+        rows: usize,
+        cols: usize,
+        depth: usize,
+        a: *const f32,
+        b: *const f32,
+        b_stride: usize,
+        next: *const f32,
+        c: *mut f32,
+        c_stride: usize,
+        accumulate: bool,
+    ) {
+        let _ = (cols, depth, a, b, b_stride, next, c, c_stride, accumulate);
         unreachable!("{rows} rows without packing");
     }
 
@@ -175,7 +211,7 @@ unsafe fn write_tile(
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{Kernel, Strided, TileRows, pack, write_tile};
-    use crate::gemm::direct::direct_tile;
+    use crate::gemm::direct::{PANEL, direct_panel, direct_tile};
     use std::arch::x86_64::*;
 
     /// 28 of the 32 registers hold sums: two FMA units with a latency of 4 need 8 chains, the rest hides loads.
@@ -193,6 +229,9 @@ mod x86 {
         const STRIPS: usize = 8;
 
         const DIRECT_ROWS: usize = 4;
+        const DIRECT_COLS: usize = 64;
+        const PANEL_ROWS: usize = 16;
+        const PANEL_COLS: usize = PANEL;
 
         unsafe fn direct_tile(
             rows: usize,
@@ -206,8 +245,52 @@ mod x86 {
         ) {
             // SAFETY: the caller's promise.
             unsafe {
-                for_rows!(rows, [1 2 3 4], direct_tile, 2, (cols, depth, a, b, c, c_stride, load_c));
+                if cols > 32 {
+                    for_rows!(rows, [1 2 3 4], direct_tile, 4, (cols, depth, a, b, c, c_stride, load_c));
+                } else {
+                    for_rows!(rows, [1 2 3 4], direct_tile, 2, (cols, depth, a, b, c, c_stride, load_c));
+                }
             }
+        }
+
+        unsafe fn pack_rows(a: Strided, rows: usize, depth: usize, to: *mut f32) {
+            let Strided { data, row_stride, col_stride } = a;
+            // SAFETY: the caller's promise.
+            unsafe {
+                match rows {
+                    1 => pack::pack_avx512::<1>(data, row_stride, col_stride, rows, depth, to),
+                    2 => pack::pack_avx512::<2>(data, row_stride, col_stride, rows, depth, to),
+                    3..=4 => pack::pack_avx512::<4>(data, row_stride, col_stride, rows, depth, to),
+                    5..=8 => pack::pack_avx512::<8>(data, row_stride, col_stride, rows, depth, to),
+                    _ => pack::pack_avx512::<16>(data, row_stride, col_stride, rows, depth, to),
+                }
+            }
+        }
+
+        unsafe fn direct_panel(
+            rows: usize,
+            cols: usize,
+            depth: usize,
+            a: *const f32,
+            b: *const f32,
+            b_stride: usize,
+            next: *const f32,
+            c: *mut f32,
+            c_stride: usize,
+            accumulate: bool,
+        ) {
+            macro_rules! panels {
+                ($($count:literal)*) => {
+                    match rows {
+                        $($count => direct_panel::<$count>(
+                            cols, depth, a, b, b_stride, next, c, c_stride, accumulate,
+                        ),)*
+                        rows => unreachable!("a panel of {rows} rows"),
+                    }
+                };
+            }
+            // SAFETY: the caller's promise.
+            unsafe { panels!(1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16) }
         }
 
         unsafe fn pack_a(

@@ -6,7 +6,7 @@
 //! Structure after Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008)
 //! and BLIS, simplified for the small depths of transformer layers: a block of B is packed to stay in
 //! L2, and strips of A's rows are packed just before they sweep over that block. Products of a few
-//! rows pack nothing.
+//! rows read B where it is.
 //!
 //! The sketch behind the sizes: two 512-bit multiply-add units do 64 floating-point operations a cycle
 //! (the roof is cores x GHz x 64 GFLOP/s). A 14 x 32 tile takes 28 multiply-adds, 14 cycles, per step of
@@ -41,6 +41,10 @@ const LEAST_ROWS_DEEP: usize = 126;
 const PACKING_ROWS: usize = 16;
 /// Units a thread should get, so that a late thread leaves work to others.
 const UNITS_PER_THREAD: usize = 4;
+
+/// Floats of B that a unit of a product of few rows should read at least, and how many times [`UNITS_PER_THREAD`] of them a thread should get.
+const PANEL_UNIT_FLOATS: usize = 32 * 1024;
+const PANEL_UNITS: usize = 4;
 
 /// A read-only matrix view: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]
@@ -274,6 +278,14 @@ impl Units {
         if m * n == 0 {
             return Self { before, ..Self::default() };
         }
+        if K::PANEL_ROWS > 0 && product.b.row_stride == 1 && m <= K::PANEL_ROWS {
+            // Memory is the bound: units must be long enough to be read in a stream, but the last ones should not keep one thread waiting for another.
+            let most = (n * k / PANEL_UNIT_FLOATS).clamp(1, n.div_ceil(K::PANEL_COLS));
+            let wanted = (product.flop() * PANEL_UNITS).div_ceil(unit_flop);
+            let blocks = if threads > 1 { wanted.clamp(1, most) } else { 1 };
+            let block_cols = n.div_ceil(blocks).next_multiple_of(K::PANEL_COLS);
+            return Self { before, row_chunks: 1, chunk_rows: m, block_cols };
+        }
         let most_cols = BLOCK_FLOATS / k.clamp(1, DEPTH) / K::COLS * K::COLS;
         let mut blocks = n.div_ceil(most_cols);
         let mut row_chunks = 1;
@@ -340,6 +352,14 @@ type PackedKey = (u64, usize, usize);
 thread_local! {
     static PACKED: RefCell<Packed> = const { RefCell::new(Packed { a: Vec::new(), b: Vec::new() }) };
     static PACKED_KEY: Cell<Option<PackedKey>> = const { Cell::new(None) };
+    static PACKED_ROWS: RefCell<PackedRows> = const { RefCell::new(PackedRows { rows: Vec::new(), of: None }) };
+}
+
+/// The rows of A that [`run_panels`] packed.
+struct PackedRows {
+    rows: Vec<f32>,
+    /// The call and the product that they belong to.
+    of: Option<(u64, usize)>,
 }
 
 struct Packed {
@@ -368,11 +388,16 @@ unsafe fn run_unit<K: Kernel>(
         }
         return;
     }
-    if rows.1 - rows.0 <= K::DIRECT_ROWS {
+    if K::PANEL_ROWS > 0 && b.row_stride == 1 && product.m <= K::PANEL_ROWS {
+        // SAFETY: the caller's promises.
+        unsafe { run_panels::<K>(product, cols, key) };
+        return;
+    }
+    if rows.1 - rows.0 <= K::DIRECT_ROWS && b.col_stride == 1 {
         for start in (0..k).step_by(DEPTH) {
             let (depth, load_c) = (DEPTH.min(k - start), accumulate || start > 0);
-            for col in (cols.0..cols.1).step_by(K::COLS) {
-                let lanes = K::COLS.min(cols.1 - col);
+            for col in (cols.0..cols.1).step_by(K::DIRECT_COLS) {
+                let lanes = K::DIRECT_COLS.min(cols.1 - col);
                 // SAFETY: all offsets lie within the views.
                 unsafe {
                     let a = a.offset(rows.0, start);
@@ -447,6 +472,39 @@ unsafe fn run_unit<K: Kernel>(
                         );
                     }
                 }
+            }
+        }
+    });
+}
+
+/// Computes all rows of C at `cols`, for a few rows and a B that is contiguous along its columns. The rows of A are packed once a call and thread.
+///
+/// # Safety
+/// As [`run_unit`].
+unsafe fn run_panels<K: Kernel>(product: &RawProduct, cols: (usize, usize), key: Option<PackedKey>) {
+    let RawProduct { c, c_stride, a, b, m, k, accumulate, .. } = *product;
+    PACKED_ROWS.with_borrow_mut(|packed| {
+        let rows = if m == 1 && a.col_stride == 1 {
+            a.data
+        } else {
+            let of = key.map(|(call, index, _)| (call, index));
+            if of.is_none() || of != packed.of {
+                grow(&mut packed.rows, pack::strip_floats(m.next_power_of_two(), k));
+                // SAFETY: the buffer has room for rows of this width; the rest are the caller's promises.
+                unsafe { K::pack_rows(a, m, k, packed.rows.as_mut_ptr()) };
+                packed.of = of;
+            }
+            packed.rows.as_ptr()
+        };
+        for col in (cols.0..cols.1).step_by(K::PANEL_COLS) {
+            let lanes = K::PANEL_COLS.min(cols.1 - col);
+            // The unit's last panel has nothing after it that this thread is known to read.
+            let ahead = if col + K::PANEL_COLS < cols.1 { K::PANEL_COLS } else { 0 };
+            // SAFETY: all offsets lie within the views.
+            unsafe {
+                let b_panel = b.data.add(col * b.col_stride);
+                let next = b_panel.wrapping_add(ahead * b.col_stride);
+                K::direct_panel(m, lanes, k, rows, b_panel, b.col_stride, next, c.add(col), c_stride, accumulate);
             }
         }
     });

@@ -31,7 +31,7 @@ pub(super) unsafe fn portable<const WIDTH: usize>(
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use avx512::{load_transposed, mask_of, pack as pack_avx512};
+pub(super) use avx512::{mask_of, pack as pack_avx512, transpose};
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
@@ -107,12 +107,7 @@ mod avx512 {
     /// `from` is valid for `steps` elements of `lanes` lanes, on a machine with AVX-512F.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub(in super::super) unsafe fn load_transposed(
-        from: *const f32,
-        lane_stride: usize,
-        lanes: usize,
-        steps: usize,
-    ) -> [__m512; 16] {
+    unsafe fn load_transposed(from: *const f32, lane_stride: usize, lanes: usize, steps: usize) -> [__m512; 16] {
         let mut rows = [_mm512_setzero_ps(); 16];
         for (lane, row) in rows.iter_mut().enumerate() {
             if lane < lanes {
@@ -134,7 +129,7 @@ mod avx512 {
     /// Transposes a 16 x 16 matrix: within 128-bit lanes first, then across them.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn transpose(rows: [__m512; 16]) -> [__m512; 16] {
+    pub(in super::super) fn transpose(rows: [__m512; 16]) -> [__m512; 16] {
         let mut quads = [_mm512_setzero_ps(); 16];
         for group in 0..4 {
             let [a, b, c, d] = [rows[4 * group], rows[4 * group + 1], rows[4 * group + 2], rows[4 * group + 3]];

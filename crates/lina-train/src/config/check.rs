@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use lina_net::Topology;
 use lina_plan::ExpertLayout;
 
-use super::{DeviceConfig, Engine, RunConfig};
+use super::{ClusterConfig, DeviceConfig, Engine, RunConfig};
 use crate::launcher::launched_ranks;
 
 /// Something impossible, and the key to blame, so that the place can be looked up.
@@ -102,6 +102,18 @@ fn check_data(config: &RunConfig) -> Check {
 
 fn check_cluster(config: &RunConfig) -> Check {
     let cluster = &config.cluster;
+    check_ranks(cluster)?;
+    if let Some(per_rank) = cluster.experts_per_rank {
+        within("cluster.experts_per_rank", per_rank, 1..=config.model.experts)?;
+    }
+    match ExpertLayout::new(config.model.experts, cluster.ranks, cluster.experts_per_rank) {
+        Ok(_) => Ok(()),
+        Err(error) => problem("cluster.experts_per_rank", format!("`cluster.experts_per_rank`: {error}")),
+    }
+}
+
+/// What can be said of `[cluster]` without a model.
+pub(super) fn check_ranks(cluster: &ClusterConfig) -> Check {
     within("cluster.ranks", cluster.ranks, 1..=MAX_RANKS)?;
     let engine = cluster.engine;
     if !Engine::BUILT.contains(&engine) {
@@ -141,12 +153,6 @@ fn check_cluster(config: &RunConfig) -> Check {
     }
     if let Some(limit_gib) = cluster.memory_limit_gib {
         require(positive(limit_gib), "cluster.memory_limit_gib", limit_gib, "a number of GiB above 0")?;
-    }
-    if let Some(per_rank) = cluster.experts_per_rank {
-        within("cluster.experts_per_rank", per_rank, 1..=config.model.experts)?;
-    }
-    if let Err(error) = ExpertLayout::new(config.model.experts, cluster.ranks, cluster.experts_per_rank) {
-        return problem("cluster.experts_per_rank", format!("`cluster.experts_per_rank`: {error}"));
     }
     match (&cluster.link, &cluster.device) {
         (Some(_), _) if engine == Engine::Mpi => problem(

@@ -3,6 +3,7 @@
 mod bad_input;
 mod common;
 mod disk;
+mod generate;
 mod run_folder;
 #[cfg(unix)]
 mod signals;

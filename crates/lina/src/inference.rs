@@ -1,0 +1,48 @@
+//! `lina profile` and `lina bench infer`: what tokens choose, and what placements of experts come to.
+
+use lina_infer::{InferBenchOptions, ProfileOptions, Scheduler, bench_infer, profile};
+use lina_train::Override;
+
+use crate::arguments::{BenchInferArguments, OutputArguments, ProfileArguments};
+use crate::commands::Failure;
+use crate::output;
+
+pub(crate) fn run_profile(arguments: ProfileArguments) -> Result<(), Failure> {
+    let OutputArguments { json, quiet } = arguments.output;
+    let summary = profile(&ProfileOptions {
+        model: arguments.model,
+        data: arguments.data,
+        out: arguments.out,
+        length: arguments.path_length,
+        held_out: arguments.held_out,
+        sequence_tokens: arguments.seq_tokens,
+        batch_tokens: arguments.batch_tokens,
+        threads: arguments.threads,
+        quiet,
+    })?;
+    Ok(output::table_or_json(json, quiet, &summary.table(), &summary)?)
+}
+
+pub(crate) fn run_bench(arguments: BenchInferArguments) -> Result<(), Failure> {
+    let OutputArguments { json, quiet } = arguments.output;
+    let overrides = arguments.set.iter().map(|assignment| Override::set(assignment)).collect::<Result<_, _>>()?;
+    let schedulers = if arguments.schedulers.is_empty() {
+        Scheduler::defaults()
+    } else {
+        let named = arguments.schedulers.iter().map(|name| name.trim().parse());
+        named.collect::<Result<_, String>>().map_err(|error| Failure::new(format!("--schedulers: {error}"), 2))?
+    };
+    let options = InferBenchOptions {
+        model: arguments.model,
+        data: arguments.data,
+        config: arguments.config,
+        overrides,
+        schedulers,
+        profile: arguments.profile,
+        synthetic_skew: arguments.synthetic_skew,
+        out: arguments.out,
+        quiet,
+    };
+    let Some(summary) = bench_infer(&options)? else { return Ok(()) };
+    Ok(output::table_or_json(json, quiet, &summary.table(), &summary)?)
+}
