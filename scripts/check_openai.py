@@ -128,7 +128,7 @@ class Checks:
             expect_error(openai.AuthenticationError, stranger.models.list, "API key")
 
     def leaving_early(self) -> None:
-        stream = self.complete(max_tokens=200, stream=True)
+        stream = self.complete(stream=True)
         next(iter(stream))
         stream.close()
         expect(self.complete(max_tokens=2).usage.completion_tokens > 0, "the next request is answered")

@@ -93,7 +93,8 @@ impl ChatTemplate {
     /// If the template refuses the messages, for instance their order of roles, or fails.
     pub fn render(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, InferError> {
         let special_tokens = Value::from_pairs(self.special_tokens.clone());
-        let message = |it: &ChatMessage| Value::from_pairs([("role", it.role.as_str()), ("content", it.content.as_str())]);
+        let message =
+            |it: &ChatMessage| Value::from_pairs([("role", it.role.as_str()), ("content", it.content.as_str())]);
         let template = self.environment.get_template(NAME).map_err(InferError::input)?;
         let variables = context! {
             messages => messages.iter().map(message).collect::<Vec<_>>(), add_generation_prompt => add_generation_prompt,
@@ -180,7 +181,8 @@ fn refusal(error: &Error) -> Option<&str> {
 
 /// An error of the template engine in one line, with its place.
 fn sentence(error: &Error) -> String {
-    let reason = error.detail().map_or_else(|| error.kind().to_string(), |detail| format!("{}: {detail}", error.kind()));
+    let reason =
+        error.detail().map_or_else(|| error.kind().to_string(), |detail| format!("{}: {detail}", error.kind()));
     let reason = reason.split_whitespace().collect::<Vec<_>>().join(" ");
     match error.line() {
         Some(line) => format!("{reason} in line {line}"),
@@ -265,12 +267,18 @@ mod tests {
             ("{{ messages[0]['content'] | tojson }}", r#""Is 1 < 2 & \"so\"?""#),
             ("{{ {'a': [1, 2], 'b': none, 'é': true} | tojson }}", r#"{"a": [1, 2], "b": null, "é": true}"#),
             ("{{ [1, {}] | tojson(indent=2) }}", "[\n  1,\n  {}\n]"),
-            ("{{ ' a b '.strip() }}|{{ 'a</think>b'.split('</think>')[-1] }}|{{ 'abc'.startswith('ab') }}", "a b|b|True"),
+            (
+                "{{ ' a b '.strip() }}|{{ 'a</think>b'.split('</think>')[-1] }}|{{ 'abc'.startswith('ab') }}",
+                "a b|b|True",
+            ),
             ("{{ tools }}{{ tools is none }}{{ missing is defined }}", "NoneTrueFalse"),
             ("  {% if true %}\n  a\n  {% endif %}\nb\n", "  a\nb"),
             ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}x{% endfor %}.", "."),
             ("a {%- generation -%} b {%- endgeneration %} c", "ab c"),
-            ("{% set ns = namespace(n=0) %}{% for i in range(3) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}", "3"),
+            (
+                "{% set ns = namespace(n=0) %}{% for i in range(3) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}",
+                "3",
+            ),
             ("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(1) ~ f(messages|length) }}", "[1][1]"),
         ] {
             assert_eq!(render(source).as_deref(), Ok(expected), "{source}");
@@ -284,7 +292,10 @@ mod tests {
         for (source, expected) in [
             ("{{ raise_exception('Roles must alternate!') }}", "refuses the messages: Roles must alternate!"),
             ("{% macro f() %}{{ raise_exception('No') }}{% endmacro %}{{ f() }}", "refuses the messages: No"),
-            ("a\n{{ messages[0].x.y }}", "chat template fails: undefined value: `messages[0].x` is undefined in line 2"),
+            (
+                "a\n{{ messages[0].x.y }}",
+                "chat template fails: undefined value: `messages[0].x` is undefined in line 2",
+            ),
             ("{% for m in messages %}", "the chat template does not parse: syntax error: unexpected end of input"),
             ("{{ strftime_now('%!') }}", "strftime_now(\"%!\")"),
             ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "out of fuel"),
@@ -307,16 +318,23 @@ mod tests {
         write("tokenizer_config.json", r#"{"eos_token": "</s>", "chat_template": null}"#);
         assert_eq!(rendered().unwrap(), None);
         write("special_tokens_map.json", r#"{"bos_token": "<s>", "eos_token": "old"}"#);
-        write("tokenizer_config.json", r#"{"eos_token": {"content": "</s>"}, "chat_template": "{{bos_token}}1{{eos_token}}"}"#);
+        write(
+            "tokenizer_config.json",
+            r#"{"eos_token": {"content": "</s>"}, "chat_template": "{{bos_token}}1{{eos_token}}"}"#,
+        );
         assert_eq!(rendered().unwrap().unwrap(), "<s>1</s>");
-        let named = r#"{"chat_template": [{"name": "tool_use", "template": "2"}, {"name": "default", "template": "3"}]}"#;
+        let named =
+            r#"{"chat_template": [{"name": "tool_use", "template": "2"}, {"name": "default", "template": "3"}]}"#;
         write("tokenizer_config.json", named);
         assert_eq!(rendered().unwrap().unwrap(), "3");
         write("chat_template.jinja", "4{{ messages[0].content }}\n");
         assert_eq!(rendered().unwrap().unwrap(), "4hi");
         write("chat_template.jinja", "{% if %}");
         let message = rendered().unwrap_err().to_string();
-        assert!(message.contains(&folder.path().display().to_string()) && message.contains("does not parse"), "{message}");
+        assert!(
+            message.contains(&folder.path().display().to_string()) && message.contains("does not parse"),
+            "{message}"
+        );
         std::fs::remove_file(folder.path().join("chat_template.jinja")).unwrap();
         write("tokenizer_config.json", r#"{"chat_template": [{"name": "tool_use", "template": "2"}]}"#);
         let message = rendered().unwrap_err().to_string();

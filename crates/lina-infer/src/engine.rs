@@ -496,7 +496,8 @@ impl<B: Backend> Serving<'_, B> {
     }
 
     fn drop_cancelled(&mut self) {
-        let gone: Vec<u64> = self.requests.extract_if(|_, it| it.arrived.events.is_closed()).map(|(id, _)| id).collect();
+        let gone: Vec<u64> =
+            self.requests.extract_if(|_, it| it.arrived.events.is_closed()).map(|(id, _)| id).collect();
         self.note_cancelled(&gone);
     }
 
@@ -862,7 +863,8 @@ mod tests {
         assert_eq!(handle.submit(request(&[1], 5)).unwrap_err(), Rejection::Failed("rank 1 is lost".into()));
         assert_eq!(handle.status().failed.as_deref(), Some("rank 1 is lost"));
         // A second failure, of the loop itself.
-        let handle = start(|it| it.held = BTreeMap::from([(SequenceId(0), (admission(), vec![]))]), EngineOptions::default());
+        let handle =
+            start(|it| it.held = BTreeMap::from([(SequenceId(0), (admission(), vec![]))]), EngineOptions::default());
         let (_, end) = read(handle.submit(request(&[1], 5)).unwrap());
         assert_eq!(end, GenerateEvent::Failed("the engine has stopped because of a bug".into()));
         handle.wait();

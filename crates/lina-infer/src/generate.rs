@@ -55,8 +55,7 @@ impl SamplingOptions {
     /// # Errors
     /// If one is out of its range.
     pub fn resolve(&self, folder: &GenerationConfig) -> Result<Sampling, InferError> {
-        let draws =
-            self.temperature.is_some() || self.top_p.is_some() || self.top_k.is_some() || self.seed.is_some();
+        let draws = self.temperature.is_some() || self.top_p.is_some() || self.top_k.is_some() || self.seed.is_some();
         let base = match (self.greedy, draws) {
             (true, _) => Sampling { temperature: 0.0, ..folder.drawing() },
             (false, true) => folder.drawing(),
@@ -207,9 +206,7 @@ fn answer(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        Backend, BackendLimits, ExpertActivity, Sampled, StepOutput, StepPlan, start_engine,
-    };
+    use crate::{Backend, BackendLimits, ExpertActivity, Sampled, StepOutput, StepPlan, start_engine};
 
     /// Says what it has learned by heart, whatever the prompt.
     struct Reciter {

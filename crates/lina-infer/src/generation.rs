@@ -56,10 +56,7 @@ impl GenerationConfig {
 
     /// How tokens are chosen where a request does not say: as transformers' `generate` does.
     pub fn sampling(&self) -> Sampling {
-        let likeliest = Sampling {
-            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
-            ..Sampling::default()
-        };
+        let likeliest = Sampling { repetition_penalty: self.repetition_penalty.unwrap_or(1.0), ..Sampling::default() };
         if self.do_sample == Some(true) { self.drawing() } else { likeliest }
     }
 
@@ -115,12 +112,7 @@ impl Fields {
         self.fields.iter()
     }
 
-    fn value<T>(
-        &self,
-        key: &str,
-        expected: &str,
-        read: impl Fn(&Value) -> Option<T>,
-    ) -> Result<Option<T>, InferError> {
+    fn value<T>(&self, key: &str, expected: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>, InferError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         read(value).map(Some).ok_or_else(|| self.error(&format_args!("`{key}` is {value}, expected {expected}")))
     }

@@ -230,7 +230,10 @@ mod cached {
             let path = folder.path();
             let address = hub(&[("config.json", "{}"), ("pytorch_model.bin", "x")]);
             let message = self::folder(ID, cache(path), false, builder(path, &address)).unwrap_err().to_string();
-            assert!(message.starts_with("the model `someone/small-moe` of the Hugging Face hub is not usable"), "{message}");
+            assert!(
+                message.starts_with("the model `someone/small-moe` of the Hugging Face hub is not usable"),
+                "{message}"
+            );
             let message = self::folder("else/where", cache(path), false, builder(path, &address)).unwrap_err();
             assert!(message.to_string().contains("404"), "{message}");
         }

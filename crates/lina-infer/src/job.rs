@@ -71,7 +71,7 @@ impl Default for ModelOptions {
             step_tokens: DEFAULT_STEP_TOKENS,
             cache_gib: DEFAULT_CACHE_GIB,
             placement: PlacementPolicy::LinaAuto,
-            estimator: Estimator::NextGate,
+            estimator: Estimator::History,
             profile: None,
             slots: None,
             verify_every: None,
@@ -104,8 +104,8 @@ pub fn with_engine<R: Send>(
     let forecast = forecast(options, &weights)?;
     let (handle, inbox) = engine_channel(engine, prepared.backend);
     let inbox = Mutex::new(Some(inbox));
-    let experts = ExpertLayout::new(prepared.config.experts.max(1), prepared.cluster.ranks, None)
-        .map_err(InferError::input)?;
+    let experts =
+        ExpertLayout::new(prepared.config.experts.max(1), prepared.cluster.ranks, None).map_err(InferError::input)?;
     let rules = PolicyRules::new(Policy::Fair, &PolicySettings::default());
     let identity = format!("{}\n{options:?}", prepared.config.to_json());
     let rank_main = |comm: &mut Comm| -> Result<(), TrainError> {
@@ -220,11 +220,11 @@ fn prepare(options: &ModelOptions) -> Result<Prepared, InferError> {
 fn forecast(options: &ModelOptions, weights: &InferenceWeights) -> Result<Forecast, InferError> {
     Ok(match (options.estimator, &options.profile) {
         _ if options.ranks == 1 || options.placement == PlacementPolicy::Static => Forecast::None,
-        (Estimator::Path, Some(profile)) => {
-            Forecast::Path(Arc::new(load_profile(profile, weights)?))
-        }
+        (Estimator::Path, Some(profile)) => Forecast::Path(Arc::new(load_profile(profile, weights)?)),
         (Estimator::Path, None) => {
-            return Err(InferError::Input("--estimator path needs --profile, a file that `lina profile` has made".into()));
+            return Err(InferError::Input(
+                "--estimator path needs --profile, a file that `lina profile` has made".into(),
+            ));
         }
         (Estimator::NextGate, _) => Forecast::NextGate,
         (Estimator::History, _) => Forecast::History(HISTORY_DECAY),
@@ -250,12 +250,7 @@ fn start_worker(
     if ranks > 1 && prepared.config.moe_layers() > 0 {
         scheduler.costs = measure_placement_costs(comm, &compute, weights)?;
     }
-    let experts = ExpertOptions {
-        scheduler,
-        forecast: forecast.clone(),
-        planning_flops: 0,
-        verify_every,
-    };
+    let experts = ExpertOptions { scheduler, forecast: forecast.clone(), planning_flops: 0, verify_every };
     let model = InferenceModel::new(weights.clone(), ranks, compute, prepared.limits, experts)
         .map_err(|error| TrainError::Input(error.to_string()))?;
     Ok(RankWorker::new(model))

@@ -30,11 +30,11 @@ mod text;
 pub use backend::{
     Admission, Backend, BackendLimits, ExpertActivity, Feed, LayerActivity, Sampled, SequenceId, StepOutput, StepPlan,
 };
-pub use chat::{ChatMessage, ChatTemplate};
 pub use bench::{
-    InferBenchConfig, InferBenchOptions, InferBenchSummary, InferConfig, LayerAccuracyNumbers, Scheduler, SchedulerResult,
-    bench_infer,
+    InferBenchConfig, InferBenchOptions, InferBenchSummary, InferConfig, LayerAccuracyNumbers, Scheduler,
+    SchedulerResult, bench_infer,
 };
+pub use chat::{ChatMessage, ChatTemplate};
 pub use completion::{Completion, StopMatcher};
 pub use engine::{
     EngineHandle, EngineOptions, EngineStatus, FinishReason, GenerateEvent, GenerateRequest, GeneratedToken, Inbox,

@@ -72,7 +72,8 @@ impl ProfileSummary {
     pub fn table(&self) -> String {
         let right = Align::Right;
         let share = |share: Option<f64>| share.map_or_else(|| "-".to_owned(), percent);
-        let mut following = Table::new([("layer", right), ("follow the first", right), ("one of the first two", right)]);
+        let mut following =
+            Table::new([("layer", right), ("follow the first", right), ("one of the first two", right)]);
         for layer in &self.following {
             following.row([layer.layer.to_string(), percent(layer.top_1), percent(layer.top_2)]);
         }
@@ -85,8 +86,12 @@ impl ProfileSummary {
             following.render()
         );
         if !self.estimators.is_empty() {
-            let mut accuracy =
-                Table::new([("estimator", Align::Left), ("same 2k experts", right), ("overlap", right), ("tokens", right)]);
+            let mut accuracy = Table::new([
+                ("estimator", Align::Left),
+                ("same 2k experts", right),
+                ("overlap", right),
+                ("tokens", right),
+            ]);
             for EstimatorAccuracy { estimator, mean, .. } in &self.estimators {
                 let [same_experts, overlap, tokens] = [mean.same_experts, mean.overlap, mean.tokens].map(share);
                 accuracy.row([estimator.clone(), same_experts, overlap, tokens]);
@@ -175,9 +180,8 @@ pub fn profile(options: &ProfileOptions) -> Result<ProfileSummary, InferError> {
             config.max_positions
         )));
     }
-    let mut builder = PathTables::builder(layers, config.experts, config.top_k, options.length).map_err(|error| {
-        InferError::Input(format!("--path-length is {}: {}", options.length, error.message))
-    })?;
+    let mut builder = PathTables::builder(layers, config.experts, config.top_k, options.length)
+        .map_err(|error| InferError::Input(format!("--path-length is {}: {}", options.length, error.message)))?;
     let stream = read_tokens(&options.model, &config, &options.data)?;
     let held_out = options.held_out.as_ref().map(|data| read_tokens(&options.model, &config, data)).transpose()?;
     let weights = Arc::new(InferenceWeights::load(&options.model, config.clone()).map_err(InferError::input)?);
@@ -358,7 +362,12 @@ fn history_accuracy(batches: &[BatchRouting], config: &ModelConfig) -> AccuracyM
 /// `[tokens, top_k]` of one layer.
 fn layer_choices(batch: &BatchRouting, number: usize, config: &ModelConfig) -> Vec<u32> {
     let (layers, top_k) = (config.moe_layers(), config.top_k);
-    batch.choices.chunks_exact(layers * top_k).flat_map(|choices| &choices[number * top_k..][..top_k]).copied().collect()
+    batch
+        .choices
+        .chunks_exact(layers * top_k)
+        .flat_map(|choices| &choices[number * top_k..][..top_k])
+        .copied()
+        .collect()
 }
 
 /// Rows of each expert.
@@ -433,7 +442,8 @@ pub fn load_profile(file: &Path, weights: &InferenceWeights) -> Result<PathTable
         }
         Ok(tensor.data().to_vec())
     };
-    let words = |name: &str| -> Result<Vec<u64>, InferError> { Ok(elements(&read(name, Dtype::U64)?, u64::from_le_bytes)) };
+    let words =
+        |name: &str| -> Result<Vec<u64>, InferError> { Ok(elements(&read(name, Dtype::U64)?, u64::from_le_bytes)) };
     let shape = words("shape")?;
     let arrays = PathArrays {
         shape: shape.try_into().map_err(|_| error("has a `shape` of another length than 4".to_owned()))?,

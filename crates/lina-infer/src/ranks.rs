@@ -252,7 +252,8 @@ impl Backend for Ranks<'_> {
         self.comm.end_step();
         self.stats.add(&self.worker.model.take_stats());
         // Sequences belong to ranks in no order; answers are in that of the plan.
-        let mut by_id: HashMap<SequenceId, Sampled> = sampled.into_iter().map(|sampled| (sampled.id, sampled)).collect();
+        let mut by_id: HashMap<SequenceId, Sampled> =
+            sampled.into_iter().map(|sampled| (sampled.id, sampled)).collect();
         let asked = plan.feeds.iter().filter(|feed| feed.sample);
         Ok(StepOutput { sampled: asked.map(|feed| by_id.remove(&feed.id).expect("every rank has answered")).collect() })
     }
@@ -362,7 +363,8 @@ mod tests {
 
     #[test]
     fn a_step_is_read_as_it_was_written() {
-        let sampling = Sampling { temperature: 0.7, top_k: 5, seed: u64::MAX - 3, top_logprobs: 2, ..Sampling::default() };
+        let sampling =
+            Sampling { temperature: 0.7, top_k: 5, seed: u64::MAX - 3, top_logprobs: 2, ..Sampling::default() };
         let step = RankStep {
             released: vec![4, 2],
             admitted: vec![RankAdmission { id: 4, pages: 9, sampling }],

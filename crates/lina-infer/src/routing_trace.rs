@@ -64,11 +64,9 @@ impl RoutingTracer {
             plan_every: 1,
             seed: 0,
         };
-        let experts =
-            ExpertOptions { scheduler, forecast: Forecast::NextGate, planning_flops: 0, verify_every: None };
+        let experts = ExpertOptions { scheduler, forecast: Forecast::NextGate, planning_flops: 0, verify_every: None };
         let compute = Compute::new(threads);
-        let mut model =
-            InferenceModel::new(weights.clone(), 1, compute, limits, experts).map_err(InferError::input)?;
+        let mut model = InferenceModel::new(weights.clone(), 1, compute, limits, experts).map_err(InferError::input)?;
         model.record_routing();
         Ok(RoutingTracer { model, comm: Comm::solo(), window_tokens, windows_of_batch })
     }

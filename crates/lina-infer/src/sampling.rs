@@ -495,7 +495,10 @@ mod tests {
             Sampler::new(sampling).sample(&mut logits).unwrap_err().to_string()
         };
         let end = ", expected finite numbers; are its weights?";
-        assert_eq!(message(vec![0.0, f32::NAN]), format!("the model's output is unusable: the logit of token 1 is NaN{end}"));
+        assert_eq!(
+            message(vec![0.0, f32::NAN]),
+            format!("the model's output is unusable: the logit of token 1 is NaN{end}")
+        );
         assert!(message(vec![f32::INFINITY, 1.0]).contains("the logit of token 0 is inf"));
         assert!(message(vec![f32::NEG_INFINITY; 40]).contains("no token has a finite logit"));
         assert!(message(vec![]).contains("no token"));

@@ -178,9 +178,10 @@ pub(crate) mod tests {
     fn words_keep_their_spaces() {
         let (_folder, tokenizer) = words();
         let mut decoder = TextDecoder::new(tokenizer.clone(), &[]);
-        assert_eq!(pieces(&mut decoder, &[1, 2, 3, 0, 1, 4, 5, 6, 2, 99]), [
-            "the", " cat", "s", "", " the", "", "", "漢", " cat", "", ""
-        ]);
+        assert_eq!(
+            pieces(&mut decoder, &[1, 2, 3, 0, 1, 4, 5, 6, 2, 99]),
+            ["the", " cat", "s", "", " the", "", "", "漢", " cat", "", ""]
+        );
         let mut decoder = TextDecoder::new(tokenizer.clone(), &[0, 1]);
         assert_eq!(decoder.piece(2).unwrap(), " cat");
         assert_eq!(pieces(&mut decoder, &[2]), [" cat", ""]);

@@ -59,8 +59,12 @@ fn check(name: &str, change: impl Fn(&mut ModelOptions)) {
         let answers = with_engine(&options, EngineOptions::default(), |engine| {
             let request = |prompt: &[u32], tokens: usize, temperature: f32| {
                 let sampling = Sampling { temperature, seed: 5, ..Sampling::default() };
-                let request =
-                    GenerateRequest { prompt: prompt.to_vec(), max_new_tokens: tokens, sampling, stop_tokens: stop.clone() };
+                let request = GenerateRequest {
+                    prompt: prompt.to_vec(),
+                    max_new_tokens: tokens,
+                    sampling,
+                    stop_tokens: stop.clone(),
+                };
                 engine.submit(request).unwrap()
             };
             // Others come before, between and after, of other lengths, and one of them goes away.

@@ -37,8 +37,7 @@ fn logits(folder: &Path, pieces: &[usize], threads: usize) -> Vec<f32> {
     let weights = Arc::new(InferenceWeights::load(folder, config.clone()).unwrap());
     let tokens = pieces.iter().sum();
     let limits = InferenceLimits { max_tokens: tokens + 3, max_sequence_tokens: 48, pages: 4 };
-    let mut model =
-        InferenceModel::new(weights, 1, Compute::new(threads), limits, options(&config)).unwrap();
+    let mut model = InferenceModel::new(weights, 1, Compute::new(threads), limits, options(&config)).unwrap();
     let mut comm = Comm::solo();
     let prompt = prompt(&config, tokens);
     model.cache().admit(0, 1);
@@ -49,8 +48,7 @@ fn logits(folder: &Path, pieces: &[usize], threads: usize) -> Vec<f32> {
         if number < 3 {
             model.cache().admit(other, 1);
         }
-        let mut feeds =
-            vec![SequenceFeed { id: 0, tokens: &prompt[fed..fed + piece], logits: LogitsOf::All }];
+        let mut feeds = vec![SequenceFeed { id: 0, tokens: &prompt[fed..fed + piece], logits: LogitsOf::All }];
         if number < 3 {
             feeds.insert(number % 2, SequenceFeed { id: other, tokens: &[5, 2], logits: LogitsOf::Nothing });
         }

@@ -26,8 +26,7 @@ pub(crate) async fn answer(State(server): State<Arc<Server>>, request: Request) 
     check_model(&mut fields, &server)?;
     let (path, value) = fields.require("messages", "a list of messages")?;
     let messages = messages(&path, value)?;
-    let mut settings =
-        Settings::take(&mut fields, &["max_completion_tokens", "max_tokens"], &server.model.defaults)?;
+    let mut settings = Settings::take(&mut fields, &["max_completion_tokens", "max_tokens"], &server.model.defaults)?;
     let logprobs = fields.boolean("logprobs")?.unwrap_or(false);
     let top = fields.integer("top_logprobs", 0..=MOST_TOP_LOGPROBS)?;
     if top.is_some_and(|top| top > 0) && !logprobs {
@@ -135,7 +134,8 @@ struct ChatDialect {
 
 impl ChatDialect {
     fn logprobs(&self, part: &Part) -> Option<Value> {
-        let shape = |likely: &Likely| json!({"token": likely.text, "logprob": likely.logprob(), "bytes": likely.bytes()});
+        let shape =
+            |likely: &Likely| json!({"token": likely.text, "logprob": likely.logprob(), "bytes": likely.bytes()});
         self.logprobs.then(|| {
             let content: Vec<Value> = part
                 .tokens

@@ -91,11 +91,9 @@ fn token_ids(path: &str, items: Vec<Value>) -> Result<Vec<u32>, ApiError> {
 fn tokenise(server: &Server, prompts: Vec<Prompt>) -> Result<Vec<Vec<u32>>, ApiError> {
     let tokens = |prompt| match prompt {
         Prompt::Tokens(tokens) => Ok(tokens),
-        Prompt::Text(text) => server
-            .model
-            .tokenizer
-            .encode_prompt(&text)
-            .map_err(|error| ApiError::field("prompt", error.to_string())),
+        Prompt::Text(text) => {
+            server.model.tokenizer.encode_prompt(&text).map_err(|error| ApiError::field("prompt", error.to_string()))
+        }
     };
     prompts.into_iter().map(tokens).collect()
 }

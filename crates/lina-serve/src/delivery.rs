@@ -173,7 +173,10 @@ fn events<D: Dialect>(
             Some(events)
         })
     });
-    stream::iter([openings]).chain(rest).map(|events| Bytes::from(events.concat())).filter(|bytes| ready(!bytes.is_empty()))
+    stream::iter([openings])
+        .chain(rest)
+        .map(|events| Bytes::from(events.concat()))
+        .filter(|bytes| ready(!bytes.is_empty()))
 }
 
 /// One server-sent event; `data` has no line breaks, as JSON has none.

@@ -52,7 +52,8 @@ impl Fields {
 
     /// `true` or `false`, if it is there.
     pub(crate) fn boolean(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
-        let read = |(path, value): (String, Value)| value.as_bool().ok_or_else(|| mismatch(&path, &value, "true or false"));
+        let read =
+            |(path, value): (String, Value)| value.as_bool().ok_or_else(|| mismatch(&path, &value, "true or false"));
         self.take(name).map(read).transpose()
     }
 

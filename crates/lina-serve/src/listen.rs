@@ -46,7 +46,9 @@ impl Listener {
         let fail = |message: String| ServeError::Listen(message);
         let addresses: Vec<SocketAddr> = (host.as_str(), *port)
             .to_socket_addrs()
-            .map_err(|error| fail(format!("host {host:?} is not known ({error}), expected an address of this machine")))?
+            .map_err(|error| {
+                fail(format!("host {host:?} is not known ({error}), expected an address of this machine"))
+            })?
             .collect();
         let listener = StdListener::bind(addresses.as_slice()).map_err(|error| {
             fail(match error.kind() {
@@ -120,7 +122,9 @@ pub fn serve(
     let unable = |error: io::Error| ServeError::Listen(format!("cannot serve on {}: {error}", listener.address));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(READING_THREADS).build().map_err(unable)?;
+        .max_blocking_threads(READING_THREADS)
+        .build()
+        .map_err(unable)?;
     let ended = watch_engine(engine.clone()).map_err(unable)?;
     let server = Arc::new(Server::new(engine, model, options));
     let result = runtime.block_on(async {

@@ -185,10 +185,16 @@ mod tests {
         assert_eq!(message(json!({"temperature": 2.5})), "`temperature` is 2.5, expected a number from 0 to 2");
         assert_eq!(message(json!({"top_p": 0})), "`top_p` is 0, expected a number above 0, at most 1");
         assert_eq!(message(json!({"max_tokens": 0})), "`max_tokens` is 0, expected a whole number of at least 1");
-        assert_eq!(message(json!({"stop": ["a", ""]})), "`stop[1]` is the string \"\", expected a string of 1 to 1024 bytes");
+        assert_eq!(
+            message(json!({"stop": ["a", ""]})),
+            "`stop[1]` is the string \"\", expected a string of 1 to 1024 bytes"
+        );
         assert_eq!(message(json!({"stop": ["a", "a", "a", "a", "a"]})), "`stop` has 5 strings, expected at most 4");
         assert_eq!(message(json!({"n": 2})), "`n` is 2, which this server does not support");
-        assert_eq!(message(json!({"presence_penalty": 0.5})), "`presence_penalty` is 0.5, which this server does not support");
+        assert_eq!(
+            message(json!({"presence_penalty": 0.5})),
+            "`presence_penalty` is 0.5, which this server does not support"
+        );
         assert_eq!(
             message(json!({"stream_options": {}})),
             "`stream_options` is given, expected it only with `stream` being true"

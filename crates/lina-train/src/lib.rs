@@ -48,8 +48,8 @@ pub use config::{
 };
 pub use diagnose::{PairMeasured, RankDiagnosis, RankMeasured, diagnose_ranks};
 pub use error::TrainError;
-pub use job::{JobOutcome, run_job};
 pub use eval::{EvalOptions, EvalSummary, eval};
+pub use job::{JobOutcome, run_job};
 pub use launcher::{launched_rank, launched_ranks};
 #[cfg(feature = "mpi")]
 pub use lina_comm::CommError;

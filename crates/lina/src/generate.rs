@@ -23,7 +23,8 @@ pub(crate) fn run(arguments: GenerateArguments) -> Result<(), Failure> {
         (None, Some(file)) => read_prompt(&file)?,
         (None, None) => return Err(Failure::new("a prompt is missing, expected --prompt or --prompt-file", 2)),
     };
-    let model = ModelOptions { model: arguments.model, ranks, engine, threads: arguments.threads, ..Default::default() };
+    let model =
+        ModelOptions { model: arguments.model, ranks, engine, threads: arguments.threads, ..Default::default() };
     let sampling = SamplingOptions {
         greedy: arguments.greedy,
         temperature: arguments.temperature,
@@ -67,8 +68,7 @@ pub(crate) fn run(arguments: GenerateArguments) -> Result<(), Failure> {
 
 fn read_prompt(file: &Path) -> Result<String, Failure> {
     let fail = |reason: String| Failure::new(format_args!("--prompt-file: {reason}"), 2);
-    let bytes =
-        std::fs::read(file).map_err(|error| fail(format!("cannot read `{}`: {error}", file.display())))?;
+    let bytes = std::fs::read(file).map_err(|error| fail(format!("cannot read `{}`: {error}", file.display())))?;
     String::from_utf8(bytes).map_err(|error| {
         let offset = error.utf8_error().valid_up_to();
         fail(format!("`{}` is not UTF-8 text: the byte at offset {offset} starts no valid character", file.display()))
@@ -88,12 +88,12 @@ fn summary_text(summary: &GenerateSummary) -> String {
         Some(FinishReason::Length) => ", as long as it may be",
         None => "",
     };
-    let seed = summary.seed.map_or_else(String::new, |seed| format!(", seed {seed}"));
-    format!(
-        "[{} tokens after a prompt of {}{reason}; the first after {:.0} ms, then {:.1} tokens/s{seed}]",
-        summary.token_ids.len(),
-        summary.prompt_tokens,
-        summary.first_token_ms,
-        summary.tokens_per_s,
-    )
+    let tokens = summary.token_ids.len();
+    let pace = match tokens {
+        0 => String::new(),
+        1 => format!("; after {:.0} ms", summary.first_token_ms),
+        _ => format!("; the first after {:.0} ms, then {:.1} tokens/s", summary.first_token_ms, summary.tokens_per_s),
+    };
+    let seed = summary.seed.map_or_else(String::new, |seed| format!("; seed {seed}"));
+    format!("[{tokens} tokens after a prompt of {}{reason}{pace}{seed}]", summary.prompt_tokens)
 }

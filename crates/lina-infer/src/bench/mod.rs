@@ -59,8 +59,7 @@ pub struct InferBenchOptions {
 /// # Errors
 /// Bad folder, data, configuration or profile; a lost rank.
 pub fn bench_infer(options: &InferBenchOptions) -> Result<Option<InferBenchSummary>, InferError> {
-    let config: InferBenchConfig =
-        load_sections(&options.config, &options.overrides).map_err(InferError::input)?;
+    let config: InferBenchConfig = load_sections(&options.config, &options.overrides).map_err(InferError::input)?;
     let model_config = ModelConfig::from_folder(&options.model).map_err(InferError::input)?;
     if model_config.moe_layers() < 2 {
         return Err(InferError::Input(format!(
@@ -129,8 +128,8 @@ fn tables(
     }
     // What is learned comes from other batches than those that are measured.
     const LENGTH: usize = 3;
-    let mut builder = PathTables::builder(model.moe_layers(), model.experts, model.top_k, LENGTH)
-        .map_err(InferError::input)?;
+    let mut builder =
+        PathTables::builder(model.moe_layers(), model.experts, model.top_k, LENGTH).map_err(InferError::input)?;
     let mut choices = vec![0; model.moe_layers() * model.top_k];
     for token in 0..SYNTHETIC_TOKENS {
         let batch = u64::MAX / 2 + token % SYNTHETIC_BATCHES;

@@ -10,9 +10,7 @@ use lina_model::{
     ExpertOptions, Forecast, Gate, InferenceBatch, InferenceLimits, InferenceModel, InferenceStats, InferenceWeights,
     KvCache, LogitsOf, SequenceFeed, measure_placement_costs,
 };
-use lina_plan::{
-    Estimator, ExpertSchedulerSettings, PathTables, PlacementCosts, PlacementPolicy, share_range,
-};
+use lina_plan::{Estimator, ExpertSchedulerSettings, PathTables, PlacementCosts, PlacementPolicy, share_range};
 use lina_report::Progress;
 use lina_train::TrainError;
 
@@ -84,8 +82,7 @@ pub(super) fn run_rank(comm: &mut Comm, comparison: &Comparison<'_>) -> Result<R
     let mut progress = if rank == 0 && !quiet { Progress::new(0, all_batches as u64) } else { Progress::silent() };
     for batch in 0..all_batches {
         let first = batch * infer.batch_sequences;
-        let texts: Vec<&[u32]> =
-            sequences.clone().map(|s| windows.window((first + s) % windows.windows()).0).collect();
+        let texts: Vec<&[u32]> = sequences.clone().map(|s| windows.window((first + s) % windows.windows()).0).collect();
         let mut truth: Option<Vec<Vec<f64>>> = None;
         for (number, (scheduler, model)) in schedulers.iter().zip(&mut models).enumerate() {
             if let (Some(skew), false) = (skew, *scheduler == Scheduler::Ideal) {

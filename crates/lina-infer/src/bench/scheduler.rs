@@ -36,11 +36,12 @@ impl Scheduler {
             .to_vec()
     }
 
-    /// The estimator that a policy has unless told otherwise: the paper's tables for the paper's placement.
+    /// The estimator that a policy has unless told otherwise: the paper's tables for the paper's placement, and for ours
+    /// what needs neither tables nor work.
     fn default_estimator(placement: PlacementPolicy) -> Option<Estimator> {
         match placement {
             PlacementPolicy::Lina => Some(Estimator::Path),
-            PlacementPolicy::LinaAuto => Some(Estimator::NextGate),
+            PlacementPolicy::LinaAuto => Some(Estimator::History),
             PlacementPolicy::Static | PlacementPolicy::Eplb | PlacementPolicy::Best => None,
         }
     }
@@ -78,7 +79,10 @@ impl FromStr for Scheduler {
             name => {
                 let placement: PlacementPolicy = name.parse().map_err(|_| {
                     let placements = PlacementPolicy::ALL.map(PlacementPolicy::name).join(", ");
-                    format!("scheduler `{text}` is unknown, expected one of ideal, {placements}, {}", ABLATIONS.join(", "))
+                    format!(
+                        "scheduler `{text}` is unknown, expected one of ideal, {placements}, {}",
+                        ABLATIONS.join(", ")
+                    )
                 })?;
                 let default = Scheduler::default_estimator(placement);
                 let fine_tuning = default.is_some();

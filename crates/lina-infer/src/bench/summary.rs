@@ -5,10 +5,10 @@ use lina_plan::{LayerAccuracy, PlacementCosts};
 use lina_report::{Align, Table};
 use serde::Serialize;
 
+use super::InferBenchOptions;
 use super::config::InferBenchConfig;
 use super::run::{BatchSample, RankOutcome};
 use super::scheduler::Scheduler;
-use super::InferBenchOptions;
 
 /// The comparison, as JSON has it.
 #[derive(Clone, Debug, Serialize)]
@@ -140,8 +140,7 @@ impl InferBenchSummary {
             r_static,
             r_static_median: percentile(fixed, 0.5, |sample| sample.imbalance),
             w_r_minus_1: w * (r_static - 1.0),
-            a2a_share: ideal.iter().map(|sample| sample.blocked_ms / sample.batch_ms).sum::<f64>()
-                / ideal.len() as f64,
+            a2a_share: ideal.iter().map(|sample| sample.blocked_ms / sample.batch_ms).sum::<f64>() / ideal.len() as f64,
             skew: fixed.iter().map(|sample| sample.skew).sum::<f64>() / fixed.len() as f64,
             schedulers: schedulers
                 .iter()
@@ -172,7 +171,8 @@ impl InferBenchSummary {
             ("moved MiB", right),
             ("imbalance", right),
         ]);
-        let share = |share: Option<f64>| share.map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", 100.0 * share));
+        let share =
+            |share: Option<f64>| share.map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", 100.0 * share));
         for result in &self.schedulers {
             table.row([
                 result.scheduler.clone(),

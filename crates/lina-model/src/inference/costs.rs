@@ -54,11 +54,8 @@ pub fn measure_placement_costs(
         exchange = Some(comm.wait(ticket)?);
         wire_ns.push((comm.now() - begun) as f64);
     }
-    let ticket = comm.copy(HostCopy {
-        direction: CopyDirection::ToDevice,
-        layer: layer as u32,
-        bytes: weights.expert_bytes(),
-    });
+    let ticket =
+        comm.copy(HostCopy { direction: CopyDirection::ToDevice, layer: layer as u32, bytes: weights.expert_bytes() });
     let copy_ns = comm.copy_remaining(&ticket) as f64;
     comm.wait_copy(ticket)?;
     let sent_rows = (ranks - 1) as f64 * per_rank as f64 / shape.hidden as f64;

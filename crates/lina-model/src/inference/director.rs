@@ -142,7 +142,13 @@ impl ExpertDirector {
     }
 
     /// A pass of `tokens` local tokens begins. `truth` is what [`Forecast::Oracle`] goes by.
-    pub fn begin(&mut self, comm: &mut Comm, layer_of: impl Fn(usize) -> usize, tokens: usize, truth: Option<&[Vec<f64>]>) {
+    pub fn begin(
+        &mut self,
+        comm: &mut Comm,
+        layer_of: impl Fn(usize) -> usize,
+        tokens: usize,
+        truth: Option<&[Vec<f64>]>,
+    ) {
         self.paths.clear();
         self.paths.resize(tokens * self.layers, 0);
         self.predicted.clear();
@@ -344,10 +350,13 @@ impl ExpertDirector {
 
     fn begin_copies(&mut self, comm: &mut Comm, number: usize, layer: usize, copies: &[SlotCopy]) {
         self.stats.moved(number, copies.len(), self.expert_bytes);
+        // A reference whose copies are free by decree copies nothing.
+        if self.scheduler.settings().costs.copy_ns == 0.0 {
+            return;
+        }
         let rank = comm.rank();
         for _ in copies.iter().filter(|copy| copy.device == rank) {
-            let copy =
-                HostCopy { direction: CopyDirection::ToDevice, layer: layer as u32, bytes: self.expert_bytes };
+            let copy = HostCopy { direction: CopyDirection::ToDevice, layer: layer as u32, bytes: self.expert_bytes };
             self.copies[number] = Some(comm.copy(copy));
         }
     }

@@ -282,7 +282,20 @@ impl InferenceModel {
     pub fn forward(&mut self, comm: &mut Comm, batch: InferenceBatch<'_>) -> Result<(), StepError> {
         self.load(batch)?;
         let InferenceModel {
-            weights, compute, cache, rotary, batch: loaded, attention, dense_ffn, ffn, moe, director, gate, x, y, ..
+            weights,
+            compute,
+            cache,
+            rotary,
+            batch: loaded,
+            attention,
+            dense_ffn,
+            ffn,
+            moe,
+            director,
+            gate,
+            x,
+            y,
+            ..
         } = self;
         let (config, layout, dense) = (weights.config(), weights.layout(), weights.dense());
         let step = StepContext::evaluation();

@@ -167,13 +167,7 @@ impl MoeScratch {
         pass.work(WorkKind::Permute, Some(layer), 0)?;
         grow(&mut self.inputs, elements);
         let inputs = &mut self.inputs[..elements];
-        kernels::gather_rows(
-            pass.compute,
-            self.norm.output(pass.tokens()),
-            hidden,
-            &self.plan.token_of_row,
-            inputs,
-        );
+        kernels::gather_rows(pass.compute, self.norm.output(pass.tokens()), hidden, &self.plan.token_of_row, inputs);
         pass.work(WorkKind::ExpertFfn, Some(layer), self.shape.flops(self.plan.rows()))?;
         experts.forward(&self.plan.chunk, inputs, &mut self.projected, &mut self.units, &mut self.returned);
         Ok(())

@@ -48,11 +48,8 @@ pub struct LayerStats {
 
 impl InferenceStats {
     pub(super) fn new(layers: usize, experts: usize, devices: usize) -> Self {
-        let layer = LayerStats {
-            expert_rows: vec![0; experts],
-            device_rows: vec![0; devices],
-            ..LayerStats::default()
-        };
+        let layer =
+            LayerStats { expert_rows: vec![0; experts], device_rows: vec![0; devices], ..LayerStats::default() };
         InferenceStats { layers: vec![layer; layers], ..InferenceStats::default() }
     }
 

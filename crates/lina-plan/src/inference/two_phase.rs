@@ -7,11 +7,14 @@
 //! until the copy is complete. [`ExpertScheduler::settle`] says whether the layer waits for it. It need not where every
 //! expert has a complete copy elsewhere, which `lina-auto` sees to as far as slots allow: a swap may then span steps.
 
-use super::placement::{Leveller, copies_between, keep_in_place};
+use super::placement::{Leveller, copies_between, keep_in_place, match_devices};
 use super::{
     CopyTerms, ExpertPlacement, History, LayerLoads, PlacementCosts, PlacementError, PlacementPolicy, SlotCopy,
-    TokenShares, adapt, best_placement, eplb, first_fit, same_top_experts,
+    TokenShares, adapt, best_placement, eplb, first_fit, makespan_bound_ns, same_top_experts,
 };
+
+/// How much longer than expected a layer may take before `lina` plans again, as a factor.
+const TOLERANCE: f64 = 1.1;
 
 /// What a scheduler does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -70,6 +73,8 @@ struct LayerState {
     under_way: Vec<SlotCopy>,
     /// Rows of each expert that phase one expects.
     estimate: Option<Vec<f64>>,
+    /// What the layer takes if the estimate is right, in ns; 0 without one.
+    expected_ns: f64,
     /// (device, rows) of each expert that phase one planned, where phase two is to keep to them.
     planned: Option<Vec<Vec<(u32, u64)>>>,
     history: History,
@@ -105,6 +110,7 @@ impl ExpertScheduler {
             target: spread,
             under_way: Vec::new(),
             estimate: None,
+            expected_ns: 0.0,
             planned: None,
             history: History::new(experts, 1.0 - 1.0 / settings.plan_every as f64),
             missed_ns: 0.0,
@@ -157,10 +163,11 @@ impl ExpertScheduler {
             PlacementPolicy::Static | PlacementPolicy::Eplb | PlacementPolicy::Best => Vec::new(),
             PlacementPolicy::Lina => {
                 let copies = layer.place_by_popularity(estimate, &settings);
+                let loads = LayerLoads::estimated(estimate, self.devices);
+                let mut leveller = Leveller::new(&loads, &settings.costs, settings.slots, layer.target.contents());
+                leveller.level();
+                layer.expected_ns = leveller.slowest().1;
                 layer.planned = (!settings.fine_tuning).then(|| {
-                    let loads = LayerLoads::estimated(estimate, self.devices);
-                    let mut leveller = Leveller::new(&loads, &settings.costs, settings.slots, layer.target.contents());
-                    leveller.level();
                     (0..estimate.len())
                         .map(|expert| {
                             let mut rows = Vec::new();
@@ -203,7 +210,7 @@ impl ExpertScheduler {
                 let shares = layer.target.even_shares(assigned);
                 layer.serve(late, shares)
             }
-            PlacementPolicy::Lina if replan => {
+            PlacementPolicy::Lina if replan || (settings.fine_tuning && layer.is_slower(assigned, &settings.costs)) => {
                 let copies = layer.place_by_popularity(&rows, &settings);
                 Settlement { copies, replanned: true, ..layer.serve_target(late, assigned, &settings.costs) }
             }
@@ -265,7 +272,15 @@ impl LayerState {
         let seed = settings.seed.wrapping_add(self.plans);
         self.plans += 1;
         let held = first_fit(rows, self.target.devices(), settings.slots, seed).expect("room was checked at the start");
+        // Which device has which part is all the same to the paper: it is the one that holds most of it.
+        let held = match_devices(settings.slots, &self.contents, held);
         self.go_to(settings.slots, &held)
+    }
+
+    /// Whether the target takes more than [`TOLERANCE`] longer than phase one expected. The paper compares the most
+    /// popular experts only: they may be the right ones in wrong proportions.
+    fn is_slower(&self, assigned: &[u32], costs: &PlacementCosts) -> bool {
+        self.expected_ns > 0.0 && self.target.shares(assigned, costs).makespan_ns(costs) > TOLERANCE * self.expected_ns
     }
 
     /// `lina-auto`'s placement in phase one.
@@ -322,6 +337,9 @@ impl LayerState {
             (shares.makespan_ns(costs), placement, shares)
         });
         let cheapest_ns = now.as_ref().map_or(waiting_ns, |(now_ns, ..)| now_ns.min(waiting_ns));
+        // Where even the best placement would not make up for one copy there is nothing to plan.
+        let bound_ns = makespan_bound_ns(loads, settings.slots, costs);
+        let replan = replan && (!settings.estimation || cheapest_ns > bound_ns + costs.copy_ns);
         if replan {
             let credit_ns = if settings.estimation { 0.0 } else { self.missed_ns };
             let adaptation = adapt(&self.target, loads, costs, CopyTerms { budget_ns: 0.0, credit_ns, blocking: true });

@@ -26,10 +26,7 @@ fn a_completion_goes_on_to_its_length() {
     let body = answer.json();
     assert!(body["id"].as_str().unwrap().starts_with("cmpl-") && body["created"].as_u64().unwrap() > 1_700_000_000);
     assert_eq!((&body["object"], &body["model"]), (&json!("text_completion"), &json!(MODEL)));
-    assert_eq!(
-        body["choices"],
-        json!([{"index": 0, "text": "yzabc", "logprobs": null, "finish_reason": "length"}])
-    );
+    assert_eq!(body["choices"], json!([{"index": 0, "text": "yzabc", "logprobs": null, "finish_reason": "length"}]));
     assert_eq!(body["usage"], json!({"prompt_tokens": 1, "completion_tokens": 5, "total_tokens": 6}));
 
     let body = server.post("/v1/completions", &json!({"model": ALIAS, "prompt": [97, 98]})).json();
@@ -194,9 +191,9 @@ fn many_requests_at_once_keep_their_own_text() {
             let server = &server;
             scope.spawn(move || {
                 let prompt = char::from(letter).to_string();
-                let expected: String =
-                    (1..100).map(|after| char::from(b'a' + (letter - b'a' + after) % 26)).collect();
-                let answer = server.post("/v1/completions", &completion(&prompt, json!({"max_tokens": 99, "stream": true})));
+                let expected: String = (1..100).map(|after| char::from(b'a' + (letter - b'a' + after) % 26)).collect();
+                let answer =
+                    server.post("/v1/completions", &completion(&prompt, json!({"max_tokens": 99, "stream": true})));
                 assert_eq!(joined(&answer, 0), (expected, json!("length")));
             });
         }

@@ -82,7 +82,11 @@ fn fields_that_are_wrong() {
             "max_tokens",
             "the prompt has 1 tokens and `max_tokens` is 4096, expected at most 4096 together",
         ),
-        (text(json!({"max_tokens": "5"})), "max_tokens", "`max_tokens` is the string \"5\", expected a whole number of at least 1"),
+        (
+            text(json!({"max_tokens": "5"})),
+            "max_tokens",
+            "`max_tokens` is the string \"5\", expected a whole number of at least 1",
+        ),
         (text(json!({"logprobs": true})), "logprobs", "`logprobs` is true, expected a whole number from 0 to 20"),
         (text(json!({"stream": 1})), "stream", "`stream` is 1, expected true or false"),
         (text(json!({"echo": true})), "echo", "`echo` is true, which this server does not support"),

@@ -14,9 +14,34 @@ const PATHS: [&str; 2] = ["/v1/completions", "/v1/chat/completions"];
 
 /// Fields that mean something, so that values get past the first check.
 const FIELDS: &[&str] = &[
-    "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
-    "repetition_penalty", "n", "stream", "stream_options", "stop", "seed", "logprobs", "top_logprobs", "user", "echo",
-    "best_of", "logit_bias", "tools", "response_format", "role", "content", "type", "text", "include_usage", "other",
+    "model",
+    "prompt",
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "n",
+    "stream",
+    "stream_options",
+    "stop",
+    "seed",
+    "logprobs",
+    "top_logprobs",
+    "user",
+    "echo",
+    "best_of",
+    "logit_bias",
+    "tools",
+    "response_format",
+    "role",
+    "content",
+    "type",
+    "text",
+    "include_usage",
+    "other",
 ];
 
 fn check(answer: &Answer) -> Result<(), TestCaseError> {
@@ -46,17 +71,20 @@ fn any_json() -> impl Strategy<Value = Value> {
         prop::sample::select(vec![MODEL, "user", "text", "assistant"]).prop_map(Value::from),
     ];
     leaf.prop_recursive(3, 24, 6, |inner| {
-        let name = prop_oneof![prop::sample::select(FIELDS).prop_map(str::to_owned), "\\PC{0,8}".prop_map(String::from)];
+        let name =
+            prop_oneof![prop::sample::select(FIELDS).prop_map(str::to_owned), "\\PC{0,8}".prop_map(String::from)];
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
-            prop::collection::hash_map(name, inner, 0..6).prop_map(|fields| Value::Object(fields.into_iter().collect())),
+            prop::collection::hash_map(name, inner, 0..6)
+                .prop_map(|fields| Value::Object(fields.into_iter().collect())),
         ]
     })
 }
 
 /// A request that would be answered.
 fn valid(path: &str) -> Value {
-    let messages = json!([{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]);
+    let messages =
+        json!([{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]);
     let mut body = json!({
         "model": MODEL, "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "repetition_penalty": 1.1,
         "n": 1, "stream": true, "stream_options": {"include_usage": true}, "stop": ["x", "y"], "seed": 3, "user": "me",

@@ -153,7 +153,8 @@ fn a_server_that_ends_finishes_what_runs() {
 fn a_connection_serves_one_request_after_the_other() {
     let server = start(|_| {});
     let mut connection = BufReader::new(connect(server.port));
-    for (method, path, status) in [("GET", "/health", 200), ("GET", "/nowhere", 404), ("POST", "/v1/completions", 400)] {
+    for (method, path, status) in [("GET", "/health", 200), ("GET", "/nowhere", 404), ("POST", "/v1/completions", 400)]
+    {
         connection.get_mut().write_all(&encode(method, path, JSON, b"{}")).unwrap();
         assert_eq!(read_answer(&mut connection).unwrap().status, status);
     }

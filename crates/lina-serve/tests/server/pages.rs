@@ -30,7 +30,10 @@ fn parse(text: &str) -> BTreeMap<String, f64> {
             let labels = labels.strip_suffix('}').unwrap();
             for label in labels.split(',').filter(|label| !label.is_empty()) {
                 let (key, value) = label.split_once('=').unwrap();
-                assert!(name_is_valid(key) && value.len() >= 2 && value.starts_with('"') && value.ends_with('"'), "{line}");
+                assert!(
+                    name_is_valid(key) && value.len() >= 2 && value.starts_with('"') && value.ends_with('"'),
+                    "{line}"
+                );
             }
             let suffix = name.strip_prefix(family).unwrap_or_else(|| panic!("{line} is under {family}"));
             let suffixes: &[&str] = if types[family] == "histogram" { &["_bucket", "_sum", "_count"] } else { &[""] };
@@ -56,7 +59,10 @@ fn metrics_count_what_was_done() {
     let before = parse(&server.get("/metrics").body);
     assert_eq!(before["lina_generated_tokens_total"], 0.0);
     assert_eq!(before["lina_time_to_first_token_seconds_count"], 0.0);
-    assert!(!before.keys().any(|name| name.starts_with("lina_balancedness")), "nothing is balanced before the first token");
+    assert!(
+        !before.keys().any(|name| name.starts_with("lina_balancedness")),
+        "nothing is balanced before the first token"
+    );
 
     server.complete("aa", json!({"max_tokens": 5}));
     server.complete("a", json!({"max_tokens": 1, "stream": true}));
@@ -102,7 +108,10 @@ fn status_is_what_the_page_draws() {
     server.complete("a", json!({"max_tokens": 4}));
     server.wait_until("load", |status| status.activity.layers[0].expert_tokens.iter().sum::<u64>() == 4);
     let status = server.get("/status").json();
-    assert_eq!((&status["model"], &status["ok"], &status["emulated"]), (&json!("alphabet"), &json!(true), &json!(true)));
+    assert_eq!(
+        (&status["model"], &status["ok"], &status["emulated"]),
+        (&json!("alphabet"), &json!(true), &json!(true))
+    );
     assert_eq!(status["generated_tokens"], 4);
     let layer = json!({"layer": 1, "expert_tokens": [1, 1, 1, 1], "device_tokens": [2, 2], "resident": [[0, 1], [2, 3]],
         "balancedness": 1.0});
@@ -112,7 +121,9 @@ fn status_is_what_the_page_draws() {
     assert_eq!((page.status, page.header("content-type")), (200, Some("text/html; charset=utf-8")));
     // Every figure that the script reads is there.
     let script = page.body.split("<script>").nth(1).unwrap();
-    for field in script.split("now.").skip(1).map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap()) {
+    for field in
+        script.split("now.").skip(1).map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap())
+    {
         assert!(field == "map" || status.get(field).is_some(), "the page reads `{field}`");
     }
     assert!(!page.body.contains("http://") && !page.body.contains("https://"), "the page asks nobody else");

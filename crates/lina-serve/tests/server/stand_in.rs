@@ -49,7 +49,7 @@ fn next(before: [u8; 2]) -> u8 {
             let at = WIDE.windows(2).position(|pair| pair == before).map(|at| at + 2).unwrap_or(1);
             WIDE.get(at).copied().unwrap_or(b'a')
         }
-        [_, last @ b'a'..b'z'] => last + 1,
+        [_, last @ b'a'..=b'y'] => last + 1,
         _ => b'a',
     }
 }

@@ -27,9 +27,13 @@ fn one_answer_however_it_is_asked_for() {
     let path = folder.path();
     let value = generated(path, &["--max-new-tokens", "40"]);
     check_fields(&value, &["prompt_tokens", "token_ids", "logprobs", "text", "finish_reason", "seed", "ranks"]);
-    assert_eq!((&value["prompt_tokens"], &value["finish_reason"], &value["seed"]), (&6.into(), &"length".into(), &Value::Null));
+    assert_eq!(
+        (&value["prompt_tokens"], &value["finish_reason"], &value["seed"]),
+        (&6.into(), &"length".into(), &Value::Null)
+    );
     assert_eq!(value["token_ids"].as_array().unwrap().len(), 40);
-    for options in [&["--ranks", "3"][..], &["--temperature", "0"], &["--top-k", "1"], &["--greedy", "--threads", "1"]] {
+    for options in [&["--ranks", "3"][..], &["--temperature", "0"], &["--top-k", "1"], &["--greedy", "--threads", "1"]]
+    {
         let again = generated(path, &[&["--max-new-tokens", "40"], options].concat());
         assert_eq!(again["token_ids"], value["token_ids"], "{options:?}");
     }
@@ -37,7 +41,9 @@ fn one_answer_however_it_is_asked_for() {
     let output = lina(path, &[&GENERATE[..], &["--max-new-tokens", "40"]].concat());
     let text = value["text"].as_str().unwrap();
     assert_eq!(String::from_utf8(output.stdout).unwrap().trim_end_matches('\n'), text.trim_end_matches('\n'));
-    assert!(String::from_utf8(output.stderr).unwrap().starts_with("[40 tokens after a prompt of 6, as long as it may be;"));
+    assert!(
+        String::from_utf8(output.stderr).unwrap().starts_with("[40 tokens after a prompt of 6, as long as it may be;")
+    );
 
     fs::write(path.join("prompt.txt"), "line 7").unwrap();
     let from_file = ["generate", "run/checkpoint-3", "--prompt-file", "prompt.txt", "--max-new-tokens", "40", "--json"];
@@ -51,7 +57,10 @@ fn draws_repeat_and_answers_stop() {
     let folder = model();
     let path = folder.path();
     let drawn = generated(path, &["--max-new-tokens", "30", "--temperature", "1.5", "--top-p", "0.9", "--seed", "5"]);
-    let again = generated(path, &["--max-new-tokens", "30", "--temperature", "1.5", "--top-p", "0.9", "--seed", "5", "--ranks", "2"]);
+    let again = generated(
+        path,
+        &["--max-new-tokens", "30", "--temperature", "1.5", "--top-p", "0.9", "--seed", "5", "--ranks", "2"],
+    );
     assert_eq!((&drawn["token_ids"], &drawn["seed"]), (&again["token_ids"], &5.into()));
     let other = generated(path, &["--max-new-tokens", "30", "--temperature", "1.5"]);
     assert_ne!(other["token_ids"], drawn["token_ids"]);
@@ -67,11 +76,15 @@ fn draws_repeat_and_answers_stop() {
 
     // The same token ends the answer where the folder says that it is the end.
     let token = other["token_ids"][4].as_u64().unwrap();
-    fs::write(path.join("run/checkpoint-3/generation_config.json"), format!("{{\"eos_token_id\": [{token}]}}")).unwrap();
+    fs::write(path.join("run/checkpoint-3/generation_config.json"), format!("{{\"eos_token_id\": [{token}]}}"))
+        .unwrap();
     let ended = generated(path, &["--max-new-tokens", "30", "--temperature", "1.5", "--seed", &seed]);
     let tokens = other["token_ids"].as_array().unwrap();
     let end = tokens.iter().position(|it| it == token).unwrap();
-    assert_eq!((ended["token_ids"].as_array().unwrap().as_slice(), &ended["finish_reason"]), (&tokens[..end], &"stop".into()));
+    assert_eq!(
+        (ended["token_ids"].as_array().unwrap().as_slice(), &ended["finish_reason"]),
+        (&tokens[..end], &"stop".into())
+    );
 }
 
 #[test]

@@ -335,6 +335,39 @@ pub(crate) fn copies_between(slots: usize, before: &[u32], after: &[u32]) -> Vec
         .collect()
 }
 
+/// Gives the parts of a placement to the devices that hold most of them already: greedily, the largest overlap first.
+pub(crate) fn match_devices(slots: usize, contents: &[u32], parts: Vec<Vec<u32>>) -> Vec<Vec<u32>> {
+    let devices = parts.len();
+    let mut overlaps = Vec::new();
+    for (part, wanted) in parts.iter().enumerate() {
+        for (device, held) in contents.chunks_exact(slots).enumerate() {
+            let overlap = wanted.iter().filter(|expert| held.contains(expert)).count();
+            if overlap > 0 {
+                // A part that is there as a whole comes before one that is not.
+                overlaps.push((wanted.len() - overlap, device != part, part, device, overlap));
+            }
+        }
+    }
+    overlaps.sort_unstable_by_key(|&(missing, moves, part, device, overlap)| {
+        (std::cmp::Reverse(overlap), missing, moves, part, device)
+    });
+    let mut device_of = vec![None; devices];
+    let mut taken = vec![false; devices];
+    for (_, _, part, device, _) in overlaps {
+        if device_of[part].is_none() && !taken[device] {
+            device_of[part] = Some(device);
+            taken[device] = true;
+        }
+    }
+    let mut free = (0..devices).filter(|&device| !taken[device]).collect::<Vec<_>>().into_iter();
+    let mut matched = vec![Vec::new(); devices];
+    for (part, device) in parts.into_iter().zip(device_of) {
+        let device = device.or_else(|| free.next()).expect("as many devices as parts");
+        matched[device] = part;
+    }
+    matched
+}
+
 /// Puts what `wanted` lists for every device into its slots, so that what is there stays where it is.
 ///
 /// Returns the slots with [`EMPTY`] where the plan wants nothing. New experts take slots that hold nothing before they

@@ -15,7 +15,7 @@ use super::{
 /// What a hidden copy has to gain, as a share of the layer's time: it is not quite free.
 const HIDDEN_COPY_GAIN: f64 = 0.0005;
 /// A step has to gain this share of the slowest device's time, else the search tries another.
-const STEP_GAIN: f64 = 0.002;
+const STEP_GAIN: f64 = 0.001;
 /// Rounds of levelling after a step that was the first to gain enough.
 const STEP_ROUNDS: usize = 4;
 /// A search ends this close to the bound.
