@@ -31,7 +31,7 @@ pub use backend::{
     Admission, Backend, BackendLimits, ExpertActivity, Feed, LayerActivity, Sampled, SequenceId, StepOutput, StepPlan,
 };
 pub use bench::{
-    InferBenchConfig, InferBenchOptions, InferBenchSummary, InferConfig, LayerAccuracyNumbers, Scheduler,
+    BatchKind, InferBenchConfig, InferBenchOptions, InferBenchSummary, InferConfig, LayerAccuracyNumbers, Scheduler,
     SchedulerResult, bench_infer,
 };
 pub use chat::{ChatMessage, ChatTemplate};

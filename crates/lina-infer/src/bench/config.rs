@@ -13,12 +13,25 @@ pub struct InferBenchConfig {
     pub infer: InferConfig,
 }
 
+/// What a batch is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BatchKind {
+    /// Whole sequences.
+    #[default]
+    Prefill,
+    /// One token more for every sequence; their first halves come before, and are not measured.
+    Decode,
+}
+
 /// `[infer]`: batches, slots and plans.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct InferConfig {
     /// Experts that a device holds of a layer at most.
     pub slots: usize,
+    /// What a batch is: `prefill` or `decode`.
+    pub batch: BatchKind,
     /// Tokens of a sequence.
     pub sequence_tokens: usize,
     /// Sequences of a batch, over all ranks together.
@@ -41,6 +54,7 @@ impl Default for InferConfig {
     fn default() -> Self {
         InferConfig {
             slots: 4,
+            batch: BatchKind::Prefill,
             sequence_tokens: 128,
             batch_sequences: 64,
             batches: 48,
@@ -50,6 +64,29 @@ impl Default for InferConfig {
             verify_every: 0,
             seed: 1,
         }
+    }
+}
+
+impl InferConfig {
+    /// Tokens of a sequence that come before its batches.
+    pub fn prompt_tokens(&self) -> usize {
+        match self.batch {
+            BatchKind::Prefill => 0,
+            BatchKind::Decode => self.sequence_tokens / 2,
+        }
+    }
+
+    /// Tokens of a sequence in one batch.
+    pub fn step_tokens(&self) -> usize {
+        match self.batch {
+            BatchKind::Prefill => self.sequence_tokens,
+            BatchKind::Decode => 1,
+        }
+    }
+
+    /// Batches that take their tokens from the same sequences.
+    pub fn batches_of_sequences(&self) -> usize {
+        (self.sequence_tokens - self.prompt_tokens()) / self.step_tokens()
     }
 }
 

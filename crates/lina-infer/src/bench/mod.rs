@@ -17,7 +17,7 @@ use lina_model::{InferenceWeights, ModelConfig};
 use lina_plan::{Estimator, ExpertLayout, PathTables, Policy, PolicyRules, PolicySettings};
 use lina_train::{Override, load_sections, run_job};
 
-pub use config::{InferBenchConfig, InferConfig};
+pub use config::{BatchKind, InferBenchConfig, InferConfig};
 pub use scheduler::Scheduler;
 pub use summary::{InferBenchSummary, LayerAccuracyNumbers, SchedulerResult};
 
@@ -82,7 +82,8 @@ pub fn bench_infer(options: &InferBenchOptions) -> Result<Option<InferBenchSumma
     schedulers.retain(|&scheduler| scheduler != Scheduler::STATIC);
     schedulers.insert(0, Scheduler::STATIC);
     let stream = read_tokens(&options.model, &model_config, &options.data)?;
-    let windows = EvalWindows::new(&stream, sequence_tokens).map_err(InferError::input)?;
+    // A window's last token is what the one before it is to predict.
+    let windows = EvalWindows::new(&stream, sequence_tokens + 1).map_err(InferError::input)?;
     let weights = Arc::new(InferenceWeights::load(&options.model, model_config.clone()).map_err(InferError::input)?);
     let tables = tables(options, &config, &schedulers, &weights)?;
     let comparison = Comparison {

@@ -1,7 +1,6 @@
 //! A rank's part of the comparison: every batch goes through every scheduler's model in turn.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use lina_comm::{Comm, StepStats};
 use lina_data::EvalWindows;
@@ -74,15 +73,18 @@ pub(super) fn run_rank(comm: &mut Comm, comparison: &Comparison<'_>) -> Result<R
         .map(|scheduler| model(comparison, scheduler, costs, ranks, threads))
         .collect::<Result<Vec<_>, _>>()?;
     let sequences = share_range(infer.batch_sequences, ranks, rank);
-    let token_offset = (sequences.start * infer.sequence_tokens) as u64;
     let all_batches = infer.warmup_batches + infer.batches;
     let layers = weights.config().moe_layers();
     let mut samples = vec![Vec::with_capacity(infer.batches); schedulers.len()];
     let mut tokens = vec![vec![[0.0; 2]; layers]; schedulers.len()];
     let mut progress = if rank == 0 && !quiet { Progress::new(0, all_batches as u64) } else { Progress::silent() };
     for batch in 0..all_batches {
-        let first = batch * infer.batch_sequences;
+        let (group, step) = (batch / infer.batches_of_sequences(), batch % infer.batches_of_sequences());
+        let first = group * infer.batch_sequences;
         let texts: Vec<&[u32]> = sequences.clone().map(|s| windows.window((first + s) % windows.windows()).0).collect();
+        let start = infer.prompt_tokens() + step * infer.step_tokens();
+        let tokens_of_batch = start..start + infer.step_tokens();
+        let token_offset = (sequences.start * infer.step_tokens()) as u64;
         let mut truth: Option<Vec<Vec<f64>>> = None;
         for (number, (scheduler, model)) in schedulers.iter().zip(&mut models).enumerate() {
             if let (Some(skew), false) = (skew, *scheduler == Scheduler::Ideal) {
@@ -90,7 +92,11 @@ pub(super) fn run_rank(comm: &mut Comm, comparison: &Comparison<'_>) -> Result<R
                 let routing = SyntheticRouting { experts, skew, seed: infer.seed, batch: batch as u64 };
                 model.set_gate(Gate::Given(routing.chooser().into()));
             }
-            let mut sample = run_batch(comm, model, &texts, token_offset, truth.as_deref())?;
+            if step == 0 {
+                begin_sequences(comm, model, &texts, infer.prompt_tokens())?;
+            }
+            let texts: Vec<&[u32]> = texts.iter().map(|text| &text[tokens_of_batch.clone()]).collect();
+            let sample = run_batch(comm, model, &texts, token_offset, truth.as_deref())?;
             // Where experts are changes nothing of what tokens choose: the first scheduler's batch tells the others'.
             truth.get_or_insert_with(|| popularity(&sample.stats));
             if batch >= infer.warmup_batches {
@@ -98,7 +104,6 @@ pub(super) fn run_rank(comm: &mut Comm, comparison: &Comparison<'_>) -> Result<R
                     sums[0] += layer.accuracy.tokens as f64;
                     sums[1] += layer.accuracy.right_tokens as f64;
                 }
-                sample.stats.planning = sample.stats.planning.max(Duration::from_nanos(1));
                 samples[number].push(sample);
             }
         }
@@ -169,7 +174,27 @@ fn model(
     Ok(model)
 }
 
-/// One batch through one model, from a moment at which all ranks begin.
+/// Other sequences take the place of those that `model` holds, with their first `prompt_tokens` tokens.
+fn begin_sequences(
+    comm: &mut Comm,
+    model: &mut InferenceModel,
+    texts: &[&[u32]],
+    prompt_tokens: usize,
+) -> Result<(), TrainError> {
+    for (id, text) in (0..).zip(texts) {
+        if model.cache().holds(id) {
+            model.cache().release(id);
+        }
+        model.cache().admit(id, KvCache::pages_for(text.len()));
+    }
+    if prompt_tokens > 0 {
+        let prompts: Vec<&[u32]> = texts.iter().map(|text| &text[..prompt_tokens]).collect();
+        run_batch(comm, model, &prompts, 0, None)?;
+    }
+    Ok(())
+}
+
+/// One batch through one model, from a moment at which all ranks begin: every sequence gets its tokens of `texts`.
 fn run_batch(
     comm: &mut Comm,
     model: &mut InferenceModel,
@@ -183,9 +208,6 @@ fn run_batch(
         .enumerate()
         .map(|(id, tokens)| SequenceFeed { id: id as u32, tokens, logits: LogitsOf::Last })
         .collect();
-    for feed in &feeds {
-        model.cache().admit(feed.id, KvCache::pages_for(feed.tokens.len()));
-    }
     comm.sum(&mut [0.0])?;
     let begun = comm.now();
     comm.begin_evaluation(0)?;
@@ -193,7 +215,6 @@ fn run_batch(
     model.forward(comm, batch).map_err(|error| job_error(step_error(rank, error)))?;
     let took = comm.now() - begun;
     let StepStats { all_to_all_blocked, token_exchange, copy_blocked, .. } = comm.end_step();
-    feeds.iter().for_each(|feed| model.cache().release(feed.id));
     let stats = model.take_stats();
     // A rank's own numbers, each in its own place of the sum.
     let own = [took, stats.moe_ns, all_to_all_blocked, token_exchange, copy_blocked];

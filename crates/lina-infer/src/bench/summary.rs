@@ -6,7 +6,7 @@ use lina_report::{Align, Table};
 use serde::Serialize;
 
 use super::InferBenchOptions;
-use super::config::InferBenchConfig;
+use super::config::{BatchKind, InferBenchConfig};
 use super::run::{BatchSample, RankOutcome};
 use super::scheduler::Scheduler;
 
@@ -19,6 +19,8 @@ pub struct InferBenchSummary {
     pub emulated: bool,
     /// Hottest over coldest expert of routing that no model chose, where it was asked for.
     pub synthetic_skew: Option<f64>,
+    /// What a batch is.
+    pub batch: BatchKind,
     /// Measured batches.
     pub batches: usize,
     /// Tokens of a batch, over all ranks.
@@ -129,8 +131,9 @@ impl InferBenchSummary {
             ranks: config.cluster.ranks,
             emulated: config.cluster.is_emulated(),
             synthetic_skew: options.synthetic_skew,
+            batch: config.infer.batch,
             batches: config.infer.batches,
-            batch_tokens: config.infer.batch_sequences * config.infer.sequence_tokens,
+            batch_tokens: config.infer.batch_sequences * config.infer.step_tokens(),
             slots: config.infer.slots,
             expert_bytes: weights.expert_bytes(),
             row_ns,
