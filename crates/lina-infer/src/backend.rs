@@ -86,7 +86,7 @@ pub struct StepOutput {
 pub struct ExpertActivity {
     /// Layers with experts, in order.
     pub layers: Vec<LayerActivity>,
-    /// Times that a layer's popularity was compared with its estimate.
+    /// Times that a layer's real popularity was looked at before its tokens were sent.
     pub checks: u64,
     /// Of which led to another placement while the layer waited.
     pub replans: u64,

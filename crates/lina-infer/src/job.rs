@@ -201,8 +201,20 @@ fn prepare(options: &ModelOptions) -> Result<Prepared, InferError> {
         pages_per_rank: pages,
         step_tokens_per_rank: options.step_tokens,
     };
+    if options.placement == PlacementPolicy::Best {
+        return error(
+            "--placement is best, which only a benchmark can have, expected static, lina, eplb or lina-auto".into(),
+        );
+    }
     let even_share = config.experts.div_ceil(options.ranks);
-    let slots = options.slots.unwrap_or(even_share + 1).min(config.experts);
+    let slots = options.slots.unwrap_or(even_share + 1);
+    if slots < even_share {
+        return error(format!(
+            "--slots is {slots}, expected at least {even_share}: {} ranks must hold {} experts",
+            options.ranks, config.experts
+        ));
+    }
+    let slots = slots.min(config.experts);
     let scheduler = ExpertSchedulerSettings {
         placement: if options.ranks == 1 { PlacementPolicy::Static } else { options.placement },
         estimation: true,
@@ -218,8 +230,9 @@ fn prepare(options: &ModelOptions) -> Result<Prepared, InferError> {
 
 /// What phase one goes by.
 fn forecast(options: &ModelOptions, weights: &InferenceWeights) -> Result<Forecast, InferError> {
+    let unused = options.ranks == 1 || options.placement == PlacementPolicy::Static;
     Ok(match (options.estimator, &options.profile) {
-        _ if options.ranks == 1 || options.placement == PlacementPolicy::Static => Forecast::None,
+        (Estimator::History | Estimator::NextGate, _) if unused => Forecast::None,
         (Estimator::Path, Some(profile)) => Forecast::Path(Arc::new(load_profile(profile, weights)?)),
         (Estimator::Path, None) => {
             return Err(InferError::Input(

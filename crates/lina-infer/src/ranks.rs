@@ -271,7 +271,7 @@ impl Backend for Ranks<'_> {
                     resident,
                 })
                 .collect(),
-            checks: self.stats.total(|layer| layer.checks),
+            checks: self.stats.total(|layer| layer.passes),
             replans: self.stats.total(|layer| layer.replans),
             moved_bytes: self.stats.total(|layer| layer.moved_bytes),
             emulated: self.emulated,

@@ -28,6 +28,16 @@ pub(crate) struct Attention {
     log_sum_exp: Vec<f32>,
 }
 
+/// One layer's cached keys and values, and the sequences of a pass that go on from them.
+#[derive(Debug)]
+pub(crate) struct CachedLayer<'a> {
+    pub sequences: &'a [PagedSequence<'a>],
+    /// Pairs of a new token and one that it sees.
+    pub visible_pairs: u64,
+    /// `[pages, page_elements]`.
+    pub pages: &'a mut [f32],
+}
+
 /// Gradients under way, shared by all layers.
 #[derive(Debug)]
 pub(crate) struct AttentionScratch {
@@ -108,18 +118,17 @@ impl Attention {
         Ok(())
     }
 
-    /// As [`forward`](Self::forward), for sequences that go on: their keys and values join those in `cache`, the
-    /// layer's part of it, and tokens attend to all of them. `visible_pairs`: pairs of a new token and one that it sees.
+    /// As [`forward`](Self::forward), for sequences that go on: their keys and values join those that are cached, and
+    /// tokens attend to all of them.
     pub fn forward_cached(
         &mut self,
         pass: &mut Pass<'_>,
         dense: &[f32],
-        sequences: &[PagedSequence<'_>],
-        visible_pairs: u64,
-        cache: &mut [f32],
+        cached: CachedLayer<'_>,
         x: &[f32],
         y: &mut [f32],
     ) -> Result<(), CommError> {
+        let CachedLayer { sequences, visible_pairs, pages: cache } = cached;
         self.announce(pass, visible_pairs)?;
         self.queries_keys_values(pass, dense, x);
         let (config, tokens) = (pass.config, pass.tokens());

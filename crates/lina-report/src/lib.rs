@@ -17,7 +17,10 @@ mod table;
 mod trace;
 
 pub use error::ReportError;
-pub use html::{BenchTables, ExpertLoad, LayerLoad, LossCurve, PolicyComparison, Report, RunFacts, StepTime, Timeline};
+pub use html::{
+    BenchTables, ExpertLoad, InferenceComparison, LayerAccuracyNumbers, LayerLoad, LossCurve, PolicyComparison, Report,
+    RunFacts, SchedulerResult, StepTime, Timeline,
+};
 pub use metrics::MetricsWriter;
 pub use paper::PaperRow;
 pub use policy::{PolicyRow, policy_table};

@@ -58,6 +58,6 @@ pub use memory::MemoryPlan;
 pub use mpi_job::set_last_words;
 pub use optimizer::learning_rate;
 pub use panics::{keep_panics_quiet, panic_reason};
-pub use run_folder::default_run_folder;
+pub use run_folder::{default_run_folder, write_whole};
 pub use stop::StopFlag;
 pub use train::{TrainOptions, TrainSummary, train};

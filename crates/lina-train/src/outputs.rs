@@ -69,6 +69,7 @@ pub(crate) fn write_outputs(
         timeline,
         policies: bench.map(BenchSummary::comparison),
         tables: bench.map(BenchSummary::tables).unwrap_or_default(),
+        ..Report::default()
     };
     report.write(out.join("report.html"))?;
     Ok(())

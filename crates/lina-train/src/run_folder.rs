@@ -72,7 +72,10 @@ pub(crate) fn prepare(out: &Path, config: &RunConfig, done: u64) -> Result<Metri
 }
 
 /// Replaces `path` by a file with `content`, or leaves it as it was.
-pub(crate) fn write_whole(path: &Path, content: &[u8]) -> std::io::Result<()> {
+///
+/// # Errors
+/// Whatever keeps the file from being written.
+pub fn write_whole(path: &Path, content: &[u8]) -> std::io::Result<()> {
     let temporary = path.with_file_name(format!(".{}.partial", name(path)));
     let written = fs::File::create(&temporary)
         .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()))

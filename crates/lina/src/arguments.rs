@@ -490,8 +490,8 @@ pub(crate) struct ServeArguments {
     /// How experts are placed on several ranks: static, lina, eplb or lina-auto.
     #[arg(long, value_name = "POLICY", default_value = "lina-auto")]
     pub(crate) placement: String,
-    /// What placements go by: next-gate, history, or path with --profile.
-    #[arg(long, value_name = "ESTIMATOR", default_value = "next-gate")]
+    /// What placements go by: history, next-gate, or path with --profile.
+    #[arg(long, value_name = "ESTIMATOR", default_value = "history")]
     pub(crate) estimator: String,
     /// Tables that `lina profile` has made of this model.
     #[arg(long, value_name = "FILE")]

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::time::{Duration, Instant};
 
-use lina_infer::InferError;
+use lina_infer::{InferError, model_folder};
 use lina_train::{
     BenchOptions, ClusterConfig, ConfigError, Engine, EvalOptions, Override, Studies, TrainError, TrainOptions,
     TrainSummary, bench_compute, bench_train, default_run_folder, diagnose_ranks, eval, launched_rank, launched_ranks,
@@ -173,7 +173,7 @@ fn run_eval(arguments: EvalArguments) -> Result<(), Failure> {
     let cluster = ClusterConfig { engine, ranks, ..ClusterConfig::default() };
     outlive_launcher(&cluster)?;
     let summary = eval(EvalOptions {
-        model: arguments.model,
+        model: model_folder(&arguments.model)?,
         data: arguments.data,
         sequence_tokens: arguments.seq_tokens,
         ranks,

@@ -1,6 +1,6 @@
 //! `lina profile` and `lina bench infer`: what tokens choose, and what placements of experts come to.
 
-use lina_infer::{InferBenchOptions, ProfileOptions, Scheduler, bench_infer, profile};
+use lina_infer::{InferBenchOptions, ProfileOptions, Scheduler, bench_infer, model_folder, profile};
 use lina_train::Override;
 
 use crate::arguments::{BenchInferArguments, OutputArguments, ProfileArguments};
@@ -10,7 +10,7 @@ use crate::output;
 pub(crate) fn run_profile(arguments: ProfileArguments) -> Result<(), Failure> {
     let OutputArguments { json, quiet } = arguments.output;
     let summary = profile(&ProfileOptions {
-        model: arguments.model,
+        model: model_folder(&arguments.model)?,
         data: arguments.data,
         out: arguments.out,
         length: arguments.path_length,
@@ -33,7 +33,7 @@ pub(crate) fn run_bench(arguments: BenchInferArguments) -> Result<(), Failure> {
         named.collect::<Result<_, String>>().map_err(|error| Failure::new(format!("--schedulers: {error}"), 2))?
     };
     let options = InferBenchOptions {
-        model: arguments.model,
+        model: model_folder(&arguments.model)?,
         data: arguments.data,
         config: arguments.config,
         overrides,

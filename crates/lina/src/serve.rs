@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use lina_infer::{EngineOptions, ModelOptions, with_engine};
+use lina_infer::{EngineOptions, ModelOptions, model_folder, with_engine};
 use lina_serve::{Listener, ServeError, ServeOptions, ServeSummary, ServedModel, Shutdown, Timeouts, serve};
 use lina_train::{ClusterConfig, Engine, launched_ranks};
 
@@ -23,7 +23,12 @@ impl From<ServeError> for Failure {
 }
 
 /// Carries the command out.
-pub(crate) fn run(arguments: ServeArguments) -> Result<(), Failure> {
+pub(crate) fn run(mut arguments: ServeArguments) -> Result<(), Failure> {
+    // Clients call a model of the hub by the name that it was asked for by.
+    if arguments.served_model_name.is_empty() && !arguments.model.is_dir() {
+        arguments.served_model_name.extend(arguments.model.to_str().map(str::to_owned));
+    }
+    arguments.model = model_folder(&arguments.model)?;
     let engine = engine_named(&arguments.engine);
     let ranks = arguments.ranks.or(launched_ranks().filter(|_| engine == Engine::Mpi)).unwrap_or(1);
     let cluster = ClusterConfig { engine, ranks, ..ClusterConfig::default() };

@@ -4,6 +4,7 @@
 //! first is always `static`: what its tokens choose is what those of every other choose too, which the oracle is told.
 
 mod config;
+mod output;
 mod run;
 mod scheduler;
 mod summary;
@@ -18,8 +19,9 @@ use lina_plan::{Estimator, ExpertLayout, PathTables, Policy, PolicyRules, Policy
 use lina_train::{Override, load_sections, run_job};
 
 pub use config::{BatchKind, InferBenchConfig, InferConfig};
+pub use lina_report::{LayerAccuracyNumbers, SchedulerResult};
 pub use scheduler::Scheduler;
-pub use summary::{InferBenchSummary, LayerAccuracyNumbers, SchedulerResult};
+pub use summary::InferBenchSummary;
 
 use crate::routing_trace::read_tokens;
 use crate::{InferError, load_profile};
@@ -57,9 +59,11 @@ pub struct InferBenchOptions {
 /// Compares schedulers. `None` on a process that does not lead.
 ///
 /// # Errors
-/// Bad folder, data, configuration or profile; a lost rank.
+/// Bad folder, data, configuration or profile; a folder that cannot be written; a lost rank.
 pub fn bench_infer(options: &InferBenchOptions) -> Result<Option<InferBenchSummary>, InferError> {
     let config: InferBenchConfig = load_sections(&options.config, &options.overrides).map_err(InferError::input)?;
+    let out = options.out.as_deref().filter(|_| config.cluster.leads());
+    out.map(output::prepare).transpose()?;
     let model_config = ModelConfig::from_folder(&options.model).map_err(InferError::input)?;
     if model_config.moe_layers() < 2 {
         return Err(InferError::Input(format!(
@@ -104,7 +108,9 @@ pub fn bench_infer(options: &InferBenchOptions) -> Result<Option<InferBenchSumma
         return Ok(None);
     }
     let leader = outcome.ranks.into_iter().next().expect("rank 0 leads");
-    Ok(Some(InferBenchSummary::new(options, &config, &schedulers, &weights, leader)))
+    let summary = InferBenchSummary::new(options, &config, &schedulers, &weights, tables.as_deref(), leader);
+    out.map(|out| output::write(out, weights.config(), &summary)).transpose()?;
+    Ok(Some(summary))
 }
 
 /// Tables of paths, if a scheduler goes by them.

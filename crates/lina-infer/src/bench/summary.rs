@@ -1,8 +1,8 @@
 //! What a comparison came to.
 
-use lina_model::InferenceWeights;
-use lina_plan::{LayerAccuracy, PlacementCosts};
-use lina_report::{Align, Table};
+use lina_model::{InferenceStats, InferenceWeights, LayerStats};
+use lina_plan::{LayerAccuracy, PathTables, PlacementCosts};
+use lina_report::{Align, LayerAccuracyNumbers, SchedulerResult, Table};
 use serde::Serialize;
 
 use super::InferBenchOptions;
@@ -47,62 +47,12 @@ pub struct InferBenchSummary {
     pub a2a_share: f64,
     /// Hottest over coldest expert, the mean over layers and batches.
     pub skew: f64,
+    /// Layers that a path of the estimator `path` covers, where a scheduler goes by it.
+    pub path_length: Option<usize>,
     /// One by one.
     pub schedulers: Vec<SchedulerResult>,
-}
-
-/// One scheduler's part.
-#[derive(Clone, Debug, Serialize)]
-pub struct SchedulerResult {
-    /// Its name.
-    pub scheduler: String,
-    /// Median time of a batch.
-    pub p50_ms: f64,
-    /// 95th percentile.
-    pub p95_ms: f64,
-    /// Over that of `ideal`.
-    pub p50_vs_ideal: f64,
-    /// Over that of `ideal`.
-    pub p95_vs_ideal: f64,
-    /// How many times faster than `static`, at the 95th percentile.
-    pub p95_speedup_vs_static: f64,
-    /// Median over batches of the longest time of a rank in MoE layers.
-    pub moe_ms: f64,
-    /// Median over batches of the mean time that ranks waited for all-to-alls.
-    pub a2a_ms: f64,
-    /// Median over batches of the mean time that ranks waited for copies.
-    pub copy_wait_ms: f64,
-    /// Share of layers whose 2k most popular experts were the estimated ones; `None` without estimates.
-    pub accuracy: Option<f64>,
-    /// Share of those experts that were estimated.
-    pub overlap: Option<f64>,
-    /// Share of tokens whose experts were predicted; `None` where tokens are not.
-    pub token_accuracy: Option<f64>,
-    /// Plans for which a layer waited, over the layers.
-    pub replan_rate: f64,
-    /// Median over batches of the mean wall-clock time of a plan; `None` where there is nothing to plan.
-    pub plan_us_median: Option<f64>,
-    /// Median over batches of the wall-clock time in which a rank estimates one layer.
-    pub estimate_us_median: Option<f64>,
-    /// Bytes of weights copied into slots, a batch.
-    pub moved_bytes: f64,
-    /// Mean over batches of the largest device's rows over the mean.
-    pub imbalance: f64,
-    /// Layer by layer, from the second with experts on.
-    pub layers: Vec<LayerAccuracyNumbers>,
-}
-
-/// One layer's accuracy.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct LayerAccuracyNumbers {
-    /// Layer index in the model.
-    pub layer: usize,
-    /// As [`SchedulerResult::accuracy`].
-    pub accuracy: Option<f64>,
-    /// As [`SchedulerResult::overlap`].
-    pub overlap: Option<f64>,
-    /// As [`SchedulerResult::token_accuracy`].
-    pub token_accuracy: Option<f64>,
+    /// `[MoE layers][experts]`: each expert's share of the rows that its layer computed under `static`, 0 to 1.
+    pub expert_load: Vec<Vec<f64>>,
 }
 
 impl InferBenchSummary {
@@ -111,6 +61,7 @@ impl InferBenchSummary {
         config: &InferBenchConfig,
         schedulers: &[Scheduler],
         weights: &InferenceWeights,
+        tables: Option<&PathTables>,
         outcome: RankOutcome,
     ) -> Self {
         let RankOutcome { costs, samples, tokens } = outcome;
@@ -145,6 +96,8 @@ impl InferBenchSummary {
             w_r_minus_1: w * (r_static - 1.0),
             a2a_share: ideal.iter().map(|sample| sample.blocked_ms / sample.batch_ms).sum::<f64>() / ideal.len() as f64,
             skew: fixed.iter().map(|sample| sample.skew).sum::<f64>() / fixed.len() as f64,
+            path_length: tables.map(PathTables::length),
+            expert_load: expert_load(fixed),
             schedulers: schedulers
                 .iter()
                 .zip(&samples)
@@ -254,13 +207,13 @@ impl Baselines {
         layers.iter().for_each(|layer| all.merge(layer));
         let token_share = |[predicted, right]: [f64; 2]| (predicted > 0.0).then(|| right / predicted);
         let all_tokens = tokens.iter().fold([0.0; 2], |sum, layer| [sum[0] + layer[0], sum[1] + layer[1]]);
-        let total = |of: fn(&lina_model::LayerStats) -> u64| -> f64 {
-            samples.iter().map(|sample| sample.stats.total(of) as f64).sum()
-        };
+        let total =
+            |of: fn(&LayerStats) -> u64| -> f64 { samples.iter().map(|sample| sample.stats.total(of) as f64).sum() };
         let moves = *scheduler != Scheduler::Ideal && *scheduler != Scheduler::STATIC;
         let estimates = tokens.len().saturating_sub(1).max(1) as f64;
         SchedulerResult {
             scheduler: scheduler.to_string(),
+            estimator: scheduler.estimator().map(|estimator| estimator.to_string()),
             p50_ms,
             p95_ms,
             p50_vs_ideal: p50_ms / self.ideal_p50_ms,
@@ -296,6 +249,17 @@ impl Baselines {
                 .collect(),
         }
     }
+}
+
+/// `[MoE layers][experts]`: each expert's share of its layer's rows over all batches; zeros where there were none.
+fn expert_load(samples: &[BatchSample]) -> Vec<Vec<f64>> {
+    let mut sums = InferenceStats::default();
+    samples.iter().for_each(|sample| sums.add(&sample.stats));
+    let share = |layer: &LayerStats| {
+        let all = layer.expert_rows.iter().sum::<u64>().max(1) as f64;
+        layer.expert_rows.iter().map(|&rows| rows as f64 / all).collect()
+    };
+    sums.layers.iter().map(share).collect()
 }
 
 /// The value below which `share` of the batches lie: the nearest rank.

@@ -89,7 +89,7 @@ mod tests {
     fn the_skew_is_what_was_asked_for() {
         let routing = SyntheticRouting { experts: 16, skew: 5.56, seed: 3, batch: 0 };
         for number in [0, 5, 11] {
-            let mut counts = vec![0u32; 16];
+            let mut counts = [0u32; 16];
             (0..20_000).for_each(|token| counts[routing.expert(number, token)] += 1);
             let (hottest, coldest) = (*counts.iter().max().unwrap(), *counts.iter().min().unwrap());
             let skew = f64::from(hottest) / f64::from(coldest);

@@ -28,7 +28,7 @@ use lina_kernels::{self as kernels, Compute, Mat, MatMut, PagedSequence, RotaryT
 use lina_plan::{ExpertScheduler, ExpertSchedulerSettings, PlacementError};
 use thiserror::Error;
 
-use crate::attention::Attention;
+use crate::attention::{Attention, CachedLayer};
 use crate::batch::{LoadedBatch, StepContext, StepError};
 use crate::config::{ModelConfig, PositionKind};
 use crate::ffn::{DenseFfn, FfnScratch};
@@ -326,7 +326,8 @@ impl InferenceModel {
                 })
                 .collect();
             attention.set_layer(layer);
-            attention.forward_cached(&mut pass, dense, &sequences, visible_pairs, pages, x, y)?;
+            let cached = CachedLayer { sequences: &sequences, visible_pairs, pages };
+            attention.forward_cached(&mut pass, dense, cached, x, y)?;
             std::mem::swap(&mut x, &mut y);
             if config.is_moe(layer) {
                 let token_offset = batch.token_offset;

@@ -4,6 +4,7 @@
 //! timeline's zoom and the switch between light and dark.
 
 mod expert_load;
+mod inference;
 mod loss;
 mod policies;
 mod step_time;
@@ -12,6 +13,7 @@ mod svg;
 mod timeline;
 
 pub use expert_load::{ExpertLoad, LayerLoad};
+pub use inference::{InferenceComparison, LayerAccuracyNumbers, SchedulerResult};
 pub use loss::LossCurve;
 pub use policies::PolicyComparison;
 pub use step_time::StepTime;
@@ -72,6 +74,8 @@ pub struct Report {
     pub policies: Option<PolicyComparison>,
     /// What was measured beside that.
     pub tables: BenchTables,
+    /// Schedulers of experts side by side.
+    pub inference: Option<InferenceComparison>,
 }
 
 impl Report {
@@ -89,6 +93,7 @@ impl Report {
         self.header(&mut page, &title);
         self.figures(&mut page);
         let [paper, partition_sweep, pipelining] = self.tables.sections();
+        let inference = self.inference.as_ref().map(InferenceComparison::sections).into_iter().flatten();
         let sections = [
             self.policies.as_ref().and_then(PolicyComparison::section),
             paper,
@@ -99,7 +104,7 @@ impl Report {
             self.timeline.as_ref().and_then(Timeline::section),
             self.expert_load.as_ref().and_then(ExpertLoad::section),
         ];
-        for section in sections.into_iter().flatten() {
+        for section in inference.chain(sections).flatten() {
             section.render(&mut page, self.facts.emulated);
         }
         let _ = write!(page, "</main>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n");
@@ -172,6 +177,7 @@ impl Report {
         if let Some(rate) = self.facts.tokens_per_s.filter(|rate| rate.is_finite()) {
             figures.push(("Tokens a second", thousands(rate.round() as u64), clock.into()));
         }
+        figures.extend(self.inference.iter().flat_map(InferenceComparison::figures));
         if figures.is_empty() {
             return;
         }
@@ -265,13 +271,27 @@ mod tests {
                 partition_sweep: vec![row("lina-auto<", 18.0)],
                 pipelining: vec![row("li<na", 18.0)],
             },
+            inference: Some(inference::tests::comparison()),
         }
     }
 
     #[test]
     fn every_section_is_there_and_all_text_is_escaped() {
         let page = full().render();
-        for id in ["policies", "paper", "partition-sweep", "pipelining", "loss", "step-time", "timeline", "experts"] {
+        for id in [
+            "policies",
+            "paper",
+            "partition-sweep",
+            "pipelining",
+            "loss",
+            "step-time",
+            "timeline",
+            "experts",
+            "schedulers",
+            "inference-paper",
+            "estimates",
+            "balance",
+        ] {
             assert_eq!(page.matches(&format!("<section id=\"{id}\">")).count(), 1, "{id}");
         }
         assert!(page.contains("<h1>a &lt;b&gt; &amp; &quot;c&quot;<span class=\"badge\""));
@@ -279,6 +299,7 @@ mod tests {
         assert_eq!(page.matches("<script>").count(), 1, "our own script only");
         assert!(page.contains("it&#39;s") && page.contains("&lt;i&gt;"));
         assert!(page.contains("dispatch &lt;1&gt;") && page.contains("li&lt;na"));
+        assert!(page.contains("li&lt;na@oracle") && page.contains("ora&lt;cle") && !page.contains("ora<cle"));
         assert!(!page.contains("NaN") && !page.contains(">inf"));
     }
 
@@ -301,6 +322,9 @@ mod tests {
         real.facts.emulated = false;
         if let Some(policies) = &mut real.policies {
             policies.emulated = false;
+        }
+        if let Some(inference) = &mut real.inference {
+            inference.emulated = false;
         }
         let page = real.render();
         let (_, body) = page.split_once("<body>").unwrap();

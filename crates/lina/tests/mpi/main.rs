@@ -4,6 +4,7 @@
 mod bad_input;
 mod decisions;
 mod doctor;
+mod inference;
 mod job;
 mod killed;
 mod network;
