@@ -6,6 +6,7 @@
 //! | who runs it? | a [`Backend`]: a model on the ranks of a job (`ranks`), started by [`with_engine`] (`job`) |
 //! | what do tokens choose next? | [`profile`] |
 //! | how do schedulers of experts compare? | [`bench_infer`] (`bench`) |
+//! | how far is a token from reading its weights? | [`bench_decode`] (`decode`) |
 //! | how is a token chosen? | [`Sampling`], [`Sampler`] (`sampling`) |
 //! | what does an answer read like? | [`Completion`], [`TextDecoder`] (`completion`, `text`) |
 //! | what does a model folder say of generation and chats? | [`GenerationConfig`], [`ChatTemplate`] (`generation`, `chat`) |
@@ -15,6 +16,7 @@ mod backend;
 mod bench;
 mod chat;
 mod completion;
+mod decode;
 mod engine;
 mod error;
 mod generate;
@@ -36,6 +38,7 @@ pub use bench::{
 };
 pub use chat::{ChatMessage, ChatTemplate};
 pub use completion::{Completion, StopMatcher};
+pub use decode::{DecodeOptions, DecodeSummary, bench_decode};
 pub use engine::{
     EngineHandle, EngineOptions, EngineStatus, FinishReason, GenerateEvent, GenerateRequest, GeneratedToken, Inbox,
     Rejection, TokenStream, engine_channel, serve_requests, start_engine,

@@ -122,7 +122,8 @@ pub(crate) fn prepared_worker<'a>(
     Ok(worker)
 }
 
-pub(crate) fn median(values: &[f64]) -> f64 {
+/// The middle value, between the middle two of an even number; 0 of none.
+pub fn median(values: &[f64]) -> f64 {
     percentile(values, 0.5)
 }
 

@@ -2,8 +2,8 @@
 //! takes for the same products where it is linked.
 
 use lina_comm::{Comm, Lane};
+use lina_kernels::Compute;
 use lina_kernels::gemm::{self, Layout, Shape};
-use lina_kernels::{Compute, Mat, MatMut, Product, matmul_grouped};
 use lina_plan::ExpertLayout;
 use lina_report::{Align, Table};
 use serde::Serialize;
@@ -15,11 +15,10 @@ use crate::bench::{median, prepared_worker};
 use crate::config::RunConfig;
 use crate::data::load_data;
 use crate::memory::{MemoryPlan, peak_rss_bytes};
+use crate::products::ProductReplay;
 
 /// Rows of a query tile of the attention kernels.
 const ATTENTION_TILE_ROWS: usize = 64;
-/// Operands of a replay come from this many elements in turn, so that they come from memory as in a step.
-const ARENA_ELEMENTS: usize = 48 << 20;
 
 /// A step on one rank against its matrix products.
 #[derive(Clone, Debug, Serialize)]
@@ -113,7 +112,7 @@ pub fn bench_compute(config: RunConfig, rounds: usize) -> Result<ComputeSummary,
     let peak_rss_bytes = peak_rss_bytes();
 
     let compute = Compute::new(threads);
-    let mut replay = Replay::new(&shapes);
+    let mut replay = ProductReplay::new(shapes);
     let (mut steps, mut products, mut peers) = (Vec::new(), Vec::new(), Vec::new());
     let mut parts: BTreeMap<&'static str, Vec<f64>> = BTreeMap::new();
     // The first round warms up.
@@ -122,10 +121,10 @@ pub fn bench_compute(config: RunConfig, rounds: usize) -> Result<ComputeSummary,
         let step_ms = time_ms(|| step(&mut worker, &mut comm))?;
         let spans = comm.record(false);
         let products_ms = time_ms(|| {
-            replay.run(&shapes, |shapes, operands| ours(&compute, shapes, operands));
+            replay.run(&compute);
             Ok(())
         })?;
-        let peer_ms = peer_ms(&mut replay, &shapes, threads)?;
+        let peer_ms = peer_ms(&mut replay, threads)?;
         if round == 0 {
             continue;
         }
@@ -138,7 +137,7 @@ pub fn bench_compute(config: RunConfig, rounds: usize) -> Result<ComputeSummary,
         }
         of_step.into_iter().for_each(|(name, ms)| parts.entry(name).or_default().push(ms));
     }
-    let gflop = shapes.iter().map(|s| 2.0 * (s.m * s.n * s.k) as f64).sum::<f64>() / 1e9;
+    let gflop = replay.gflop();
     let (step_ms, products_ms) = (median(&steps), median(&products));
     let openblas_ms = (!peers.is_empty()).then(|| median(&peers));
     let mut parts: Vec<(String, f64)> = parts.iter().map(|(name, ms)| (name.to_string(), median(ms))).collect();
@@ -190,60 +189,8 @@ fn attention_shapes(config: &RunConfig) -> Vec<Shape> {
     shapes
 }
 
-/// Operands for a list of products.
-struct Replay {
-    arena: Vec<f32>,
-    output: Vec<f32>,
-    next: usize,
-}
-
-impl Replay {
-    fn new(shapes: &[Shape]) -> Self {
-        let group = |shape: &Shape| shape.batch * (shape.m * shape.k + shape.k * shape.n);
-        let largest = shapes.iter().map(group).max().unwrap_or(0);
-        let outputs = shapes.iter().map(|shape| shape.batch * shape.m * shape.n).max().unwrap_or(0);
-        let arena = (0..largest + ARENA_ELEMENTS).map(|i| ((i * 37) % 101) as f32 * 0.01 - 0.5).collect();
-        Replay { arena, output: vec![0.0; outputs + ARENA_ELEMENTS], next: 0 }
-    }
-
-    /// Calls `run` for each group of products with its operands: A and B of all, and room for their Cs.
-    fn run(&mut self, shapes: &[Shape], mut run: impl FnMut(&[Shape], (&[f32], &mut [f32]))) {
-        let mut rest = shapes;
-        while let Some(first) = rest.first() {
-            let (group, others) = rest.split_at(first.batch.min(rest.len()));
-            rest = others;
-            let inputs: usize = group.iter().map(|s| s.m * s.k + s.k * s.n).sum();
-            let outputs: usize = group.iter().map(|s| s.m * s.n).sum();
-            self.next = (self.next + inputs) % ARENA_ELEMENTS;
-            let input = &self.arena[self.next..self.next + inputs];
-            run(group, (input, &mut self.output[self.next..self.next + outputs]));
-        }
-    }
-}
-
-/// A and B of `shape`, as stored, from the front of `input`.
-fn operands<'a>(shape: &Shape, input: &mut &'a [f32]) -> (Mat<'a>, Mat<'a>) {
-    let &Shape { m, n, k, layout, .. } = shape;
-    let (a, rest) = input.split_at(m * k);
-    let (b, rest) = rest.split_at(k * n);
-    *input = rest;
-    let a = if matches!(layout, Layout::TN | Layout::TT) { Mat::new(a, k, m).t() } else { Mat::new(a, m, k) };
-    let b = if matches!(layout, Layout::NT | Layout::TT) { Mat::new(b, n, k).t() } else { Mat::new(b, k, n) };
-    (a, b)
-}
-
-fn ours(compute: &Compute, group: &[Shape], (mut input, mut output): (&[f32], &mut [f32])) {
-    let products = group.iter().map(|shape| {
-        let (a, b) = operands(shape, &mut input);
-        let (c, rest) = std::mem::take(&mut output).split_at_mut(shape.m * shape.n);
-        output = rest;
-        Product { c: MatMut::new(c, shape.m, shape.n), a, b, accumulate: shape.accumulate }
-    });
-    matmul_grouped(compute, products);
-}
-
 #[cfg(feature = "openblas")]
-fn peer_ms(replay: &mut Replay, shapes: &[Shape], threads: usize) -> Result<Option<f64>, TrainError> {
+fn peer_ms(replay: &mut ProductReplay, threads: usize) -> Result<Option<f64>, TrainError> {
     use lina_kernels::openblas;
     openblas::set_threads(threads);
     let run = |group: &[Shape], (mut input, mut output): (&[f32], &mut [f32])| {
@@ -257,14 +204,14 @@ fn peer_ms(replay: &mut Replay, shapes: &[Shape], threads: usize) -> Result<Opti
         }
     };
     let ms = time_ms(|| {
-        replay.run(shapes, run);
+        replay.run_with(run);
         Ok(())
     })?;
     Ok(Some(ms))
 }
 
 #[cfg(not(feature = "openblas"))]
-fn peer_ms(_replay: &mut Replay, _shapes: &[Shape], _threads: usize) -> Result<Option<f64>, TrainError> {
+fn peer_ms(_replay: &mut ProductReplay, _threads: usize) -> Result<Option<f64>, TrainError> {
     Ok(None)
 }
 

@@ -8,7 +8,7 @@
 //! | what is left of a run? | [`default_run_folder`] (`run_folder`), `checkpoint`, `observer`, `outputs` |
 //! | which rank holds which experts as the run goes on? | `packing` |
 //! | how do policies compare? | [`bench_train`] (`bench`) |
-//! | how does a step compare with its matrix products? | [`bench_compute`] (`compute`) |
+//! | how does a step compare with its matrix products? | [`bench_compute`] (`compute`), [`ProductReplay`] (`products`) |
 //! | which rank, host or link is slow? | [`diagnose_ranks`] (`diagnose`) |
 //! | does it fit? | [`MemoryPlan`] (`memory`) |
 
@@ -34,13 +34,14 @@ mod optimizer;
 mod outputs;
 mod packing;
 mod panics;
+mod products;
 mod residency;
 mod run_folder;
 mod stop;
 mod train;
 mod worker;
 
-pub use bench::{BenchOptions, BenchSummary, Studies, bench_train};
+pub use bench::{BenchOptions, BenchSummary, Studies, bench_train, median};
 pub use compute::{ComputeSummary, bench_compute};
 pub use config::{
     BenchConfig, ClusterConfig, ClusterSections, ConfigError, DeviceConfig, Engine, LinkConfig, Override, PolicyConfig,
@@ -58,6 +59,7 @@ pub use memory::MemoryPlan;
 pub use mpi_job::set_last_words;
 pub use optimizer::learning_rate;
 pub use panics::{keep_panics_quiet, panic_reason};
+pub use products::ProductReplay;
 pub use run_folder::{default_run_folder, write_whole};
 pub use stop::StopFlag;
 pub use train::{TrainOptions, TrainSummary, train};

@@ -101,6 +101,9 @@ pub(crate) enum BenchCommand {
     /// Compares ways to place experts, batch by batch, on a cluster that serves.
     #[command(after_help = BENCH_INFER_EXAMPLES)]
     Infer(BenchInferArguments),
+    /// Measures a token of one sequence against reading its weights once, and a prompt against its matrix products.
+    #[command(after_help = BENCH_DECODE_EXAMPLES)]
+    Decode(BenchDecodeArguments),
 }
 
 const TRAIN_EXAMPLES: &str = "\
@@ -179,6 +182,13 @@ Examples:
   lina bench infer runs/specialised/checkpoint-600 --data 'examples/data/*.txt' --profile specialised.profile
   lina bench infer runs/specialised/checkpoint-600 --data README.md --schedulers eplb,lina-auto --set infer.slots=2
   lina bench infer runs/specialised/checkpoint-600 --data README.md --synthetic-skew 5.56";
+
+const BENCH_DECODE_EXAMPLES: &str = "\
+A training configuration gives sizes; the weights are initial ones then, on which speed does not depend.
+
+Examples:
+  lina bench decode examples/decode.toml
+  lina bench decode runs/first/checkpoint-300 --threads 1 --tokens 64";
 
 const SERVE_EXAMPLES: &str = "\
 /v1/completions and /v1/chat/completions (the latter if the folder has a chat template), /v1/models, /health,
@@ -439,6 +449,27 @@ pub(crate) struct BenchInferArguments {
     /// Folder that gets report.html, with pictures, and bench.json [default: none].
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) output: OutputArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchDecodeArguments {
+    /// Hugging Face folder with config.json and model.safetensors, or a training configuration whose [model] gives sizes.
+    #[arg(value_name = "CONFIG.toml|MODEL_DIR")]
+    pub(crate) model: PathBuf,
+    /// Threads that compute; 0 is all cores.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) threads: usize,
+    /// Tokens decoded in a round, after 64.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) tokens: usize,
+    /// Tokens of the prompt that is measured.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub(crate) prompt_tokens: usize,
+    /// Measured rounds.
+    #[arg(long, value_name = "R", default_value_t = 7)]
+    pub(crate) rounds: usize,
     #[command(flatten)]
     pub(crate) output: OutputArguments,
 }

@@ -84,6 +84,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Profile(arguments) => inference::run_profile(arguments),
         Command::Bench(BenchCommand::Infer(arguments)) => inference::run_bench(arguments),
+        Command::Bench(BenchCommand::Decode(arguments)) => inference::run_bench_decode(arguments),
         Command::Doctor(arguments) => run_doctor(arguments),
     }
 }

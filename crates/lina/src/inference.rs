@@ -1,9 +1,12 @@
-//! `lina profile` and `lina bench infer`: what tokens choose, and what placements of experts come to.
+//! `lina profile`, `lina bench infer` and `lina bench decode`: what tokens choose, what placements of experts come to, and
+//! how far a token is from what bounds it.
 
-use lina_infer::{InferBenchOptions, ProfileOptions, Scheduler, bench_infer, model_folder, profile};
+use lina_infer::{
+    DecodeOptions, InferBenchOptions, ProfileOptions, Scheduler, bench_decode, bench_infer, model_folder, profile,
+};
 use lina_train::Override;
 
-use crate::arguments::{BenchInferArguments, OutputArguments, ProfileArguments};
+use crate::arguments::{BenchDecodeArguments, BenchInferArguments, OutputArguments, ProfileArguments};
 use crate::commands::Failure;
 use crate::output;
 
@@ -44,5 +47,18 @@ pub(crate) fn run_bench(arguments: BenchInferArguments) -> Result<(), Failure> {
         quiet,
     };
     let Some(summary) = bench_infer(&options)? else { return Ok(()) };
+    Ok(output::table_or_json(json, quiet, &summary.table(), &summary)?)
+}
+
+pub(crate) fn run_bench_decode(arguments: BenchDecodeArguments) -> Result<(), Failure> {
+    let OutputArguments { json, quiet } = arguments.output;
+    let summary = bench_decode(&DecodeOptions {
+        model: arguments.model,
+        threads: arguments.threads,
+        tokens: arguments.tokens,
+        prompt_tokens: arguments.prompt_tokens,
+        rounds: arguments.rounds,
+        quiet,
+    })?;
     Ok(output::table_or_json(json, quiet, &summary.table(), &summary)?)
 }

@@ -55,7 +55,7 @@ fn report(model: &ModelConfig, summary: &InferBenchSummary) -> Report {
         (
             "costs",
             format!(
-                "a row {:.2} us, on the wire {:.2} us, a copy of an expert {:.1} us{clock}",
+                "an expert's row {:.2} us, a row on the wire {:.2} us, a copy of an expert {:.1} us{clock}",
                 summary.row_ns / 1e3,
                 summary.wire_row_ns / 1e3,
                 summary.copy_us
@@ -96,7 +96,42 @@ fn expert_load(model: &ModelConfig, summary: &InferBenchSummary) -> ExpertLoad {
 
 #[cfg(test)]
 mod tests {
+    use lina_model::{ModelKind, Sizes};
+    use lina_report::SchedulerResult;
+
     use super::*;
+
+    #[test]
+    fn the_folder_gets_the_page_and_the_figures() {
+        let sizes = Sizes { vocab: 9, hidden: 8, layers: 2, heads: 2, experts: 3, top_k: 2, expert_hidden: 6 };
+        let row = |name: &str, p95_ms| SchedulerResult { scheduler: name.into(), p95_ms, ..SchedulerResult::default() };
+        let summary = InferBenchSummary {
+            ranks: 3,
+            emulated: true,
+            batches: 5,
+            batch_tokens: 100,
+            schedulers: vec![row("static", 22.5), row("lina", 12.5)],
+            expert_load: vec![vec![0.5, 0.375, 0.125], vec![0.0, 1.0, 0.0]],
+            ..InferBenchSummary::default()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), &ModelConfig::family(ModelKind::Mixtral, sizes), &summary).unwrap();
+        let page = fs::read_to_string(folder.path().join("report.html")).unwrap();
+        for text in [
+            "mixtral inference benchmark",
+            "5 prefill batches of 100 tokens",
+            "<td>static</td><td>0.00</td><td>22.5</td>",
+            "layer 0, expert 1: 375 tokens, 1.12x the even share",
+            "EMULATED",
+        ] {
+            assert!(page.contains(text), "{text}");
+        }
+        let json = fs::read(folder.path().join("bench.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        assert_eq!(json, serde_json::to_value(&summary).unwrap());
+        assert_eq!(json["expert_load"][0], serde_json::json!([0.5, 0.375, 0.125]));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing unfinished stays");
+    }
 
     #[test]
     fn a_folder_that_cannot_be_written_is_named() {

@@ -11,7 +11,7 @@ use super::run::{BatchSample, RankOutcome};
 use super::scheduler::Scheduler;
 
 /// The comparison, as JSON has it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct InferBenchSummary {
     /// Number of ranks.
     pub ranks: usize,
@@ -268,4 +268,30 @@ fn percentile(samples: &[BatchSample], share: f64, of: impl Fn(&BatchSample) -> 
     values.sort_by(f64::total_cmp);
     let rank = (share * values.len() as f64).ceil() as usize;
     values[rank.clamp(1, values.len()) - 1]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(expert_rows: Vec<u64>) -> BatchSample {
+        let mut stats = InferenceStats { layers: vec![LayerStats::default()], ..InferenceStats::default() };
+        stats.layers[0].expert_rows = expert_rows;
+        BatchSample {
+            batch_ms: 1.0,
+            moe_ms: 0.5,
+            blocked_ms: 0.0,
+            wire_ms: 0.0,
+            copy_blocked_ms: 0.0,
+            imbalance: 1.0,
+            skew: 1.0,
+            stats,
+        }
+    }
+
+    #[test]
+    fn the_load_of_experts_is_over_all_batches() {
+        assert_eq!(expert_load(&[sample(vec![1, 3, 0]), sample(vec![3, 0, 1])]), [[0.5, 0.375, 0.125]]);
+        assert_eq!(expert_load(&[sample(vec![0, 0])]), [[0.0, 0.0]]);
+    }
 }

@@ -71,6 +71,8 @@ pub(super) struct ExpertDirector {
     layers: usize,
     /// For each layer, the last copy under way into its slots on this rank.
     copies: Vec<Option<CopyTicket>>,
+    /// Whether the layer that was settled last waits for copies into its slots.
+    waits: bool,
     /// When the last placement was prepared in this pass.
     prepared: Option<u64>,
     /// How long before a layer its placement is known, on this rank, a running mean in nanoseconds; then the longest
@@ -123,6 +125,7 @@ impl ExpertDirector {
             top_k: config.top_k,
             layers,
             copies: (0..layers).map(|_| None).collect(),
+            waits: false,
             prepared: None,
             lead_ns: 0.0,
             agreed_lead_ns: 0.0,
@@ -292,6 +295,7 @@ impl ExpertDirector {
             pass.work(WorkKind::Planning, Some(layer.layer), self.planning_flops)?;
         }
         self.stats.settled(number, assigned, &settlement);
+        self.waits = settlement.wait || !settlement.copies.is_empty();
         self.histories[number].add(&truth);
         self.begin_copies(pass.comm, number, layer.layer, &settlement.copies);
         Ok(settlement.shares)
@@ -329,7 +333,7 @@ impl ExpertDirector {
 
     /// Waits until every expert that this rank is to compute is in its slot.
     pub fn wait_for_experts(&mut self, comm: &mut Comm, layer: &MoeLayer<'_>) -> Result<(), CommError> {
-        if self.stats.must_wait(layer.number)
+        if self.waits
             && let Some(ticket) = self.copies[layer.number].take()
         {
             comm.wait_copy(ticket)?;

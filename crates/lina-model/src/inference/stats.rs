@@ -42,8 +42,6 @@ pub struct LayerStats {
     pub moved_bytes: u64,
     /// How good the estimates were: of the batch over all ranks, and of this rank's tokens.
     pub accuracy: LayerAccuracy,
-    /// Whether the pass under way waits for copies into this layer's slots.
-    waits: bool,
 }
 
 impl InferenceStats {
@@ -106,11 +104,6 @@ impl InferenceStats {
         layer.checks += u64::from(settlement.checked.is_some());
         layer.right += u64::from(settlement.checked == Some(true));
         layer.replans += u64::from(settlement.replanned);
-        layer.waits = settlement.wait || !settlement.copies.is_empty();
-    }
-
-    pub(super) fn must_wait(&self, number: usize) -> bool {
-        self.layers[number].waits
     }
 
     pub(super) fn moved(&mut self, number: usize, copies: usize, expert_bytes: u64) {

@@ -104,7 +104,7 @@ impl InferenceComparison {
             ("lina plans again", percent(lina.replan_rate), "of layers".into()),
         ];
         if let Some(accuracy) = lina.accuracy {
-            figures.push(("lina estimates rightly", percent(accuracy), "of layers".into()));
+            figures.push(("lina estimates right", percent(accuracy), "of layers, as the paper counts".into()));
         }
         figures
     }
@@ -146,7 +146,7 @@ impl InferenceComparison {
             ("bound", "the paper's best and worst case"),
         ]);
         out.push_str(&svg::open(bottom + 26.0, "Batch time of each scheduler over that of an ideal batch"));
-        plot.bar_axis(&mut out, &x, "x ideal", 12.0);
+        plot.bar_axis(&mut out, &x, "x ideal", 20.0);
         vertical(&mut out, "link-bound", x.at(1.0), plot.top, bottom, "ideal");
         for (index, row) in self.schedulers.iter().enumerate() {
             let y = plot.top + SLOT * index as f64 + SLOT / 2.0;
@@ -175,23 +175,22 @@ impl InferenceComparison {
 
     fn table(&self) -> String {
         let ms = if self.emulated { "ms, emulated" } else { "ms" };
-        let ratio = if self.emulated { "emulated" } else { "" };
         let heads = [
             ("Scheduler", ""),
             ("Batch, median", ms),
-            ("Batch, 95 %", ms),
-            ("Median over ideal", ratio),
-            ("95 % over ideal", ratio),
-            ("95 %, faster than static", ratio),
+            ("Batch, 95\u{a0}%", ms),
+            ("Median / ideal", ""),
+            ("95\u{a0}% / ideal", ""),
+            ("95\u{a0}%, over static", ""),
             ("MoE layers", ms),
             ("All‑to‑all waits", ms),
             ("Copy waits", ms),
             ("Estimates right", "of layers"),
             ("Predicted right", "of tokens"),
             ("Re‑plans", "of layers"),
-            ("A plan", "us, wall clock"),
+            ("Plan", "us, wall clock"),
             ("Moved", "a batch"),
-            ("Largest device", "over the mean"),
+            ("Imbalance", "largest / mean"),
         ];
         let rows = self.schedulers.iter().map(|row| {
             vec![
@@ -203,7 +202,7 @@ impl InferenceComparison {
                 gain(row.p95_speedup_vs_static),
                 significant(row.moe_ms),
                 significant(row.a2a_ms),
-                significant(row.copy_wait_ms),
+                format!("{:.2}", row.copy_wait_ms),
                 share(row.accuracy),
                 share(row.token_accuracy),
                 percent(row.replan_rate),

@@ -1,0 +1,387 @@
+//! `lina bench decode`: a token of one sequence beside reading its weights once, and a prompt beside its matrix products.
+//!
+//! One token multiplies every weight that it needs once, so that memory bounds it: the bound is the bytes of those
+//! weights over the rate at which this machine's memory is read, measured in the same run. A prompt has rows enough for
+//! arithmetic to bound it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use lina_comm::Comm;
+use lina_kernels::gemm::{self, Layout, Shape};
+use lina_kernels::{Compute, PAGE_TOKENS, read_bandwidth};
+use lina_model::{
+    ExpertOptions, Forecast, InferenceBatch, InferenceLimits, InferenceModel, InferenceWeights, KvCache, LogitsOf,
+    ModelConfig, SequenceFeed,
+};
+use lina_plan::{ExpertSchedulerSettings, PlacementCosts, PlacementPolicy};
+use lina_report::{Align, Progress, Table};
+use lina_train::{ProductReplay, RunConfig, median};
+use serde::Serialize;
+
+use crate::InferError;
+use crate::ranks::step_error;
+
+/// Tokens before those that are decoded and measured.
+const DECODE_PROMPT_TOKENS: usize = 64;
+/// Beyond these a number is a slip of the keyboard.
+const MOST_ROUNDS: usize = 10_000;
+const MOST_THREADS: usize = 1024;
+/// The only sequence.
+const SEQUENCE: u32 = 0;
+
+/// What `lina bench decode` is asked for.
+#[derive(Clone, Debug)]
+pub struct DecodeOptions {
+    /// Hugging Face folder, or a training configuration whose `[model]` gives sizes.
+    pub model: PathBuf,
+    /// Compute threads; 0 is all cores.
+    pub threads: usize,
+    /// Tokens decoded in a round.
+    pub tokens: usize,
+    /// Tokens of the prompt that is measured.
+    pub prompt_tokens: usize,
+    /// Measured rounds.
+    pub rounds: usize,
+    /// No progress on stderr.
+    pub quiet: bool,
+}
+
+/// Decoding and prefill on one rank beside what bounds them; medians over rounds.
+#[derive(Clone, Debug, Serialize)]
+pub struct DecodeSummary {
+    /// Compute threads.
+    pub threads: usize,
+    /// Measured rounds.
+    pub rounds: usize,
+    /// Whether the weights are a training run's initial ones, since no folder gave any: speed does not depend on them.
+    pub initial_weights: bool,
+    /// Bytes of all weights.
+    pub weight_bytes: u64,
+    /// Bytes of the weights that one token reads.
+    pub active_bytes: u64,
+    /// Rate at which memory is read, in units of 10⁹ bytes a second.
+    pub read_gb_per_s: f64,
+    /// The active weights read once at that rate.
+    pub bound_ms: f64,
+    /// Tokens that were before those decoded.
+    pub context_tokens: usize,
+    /// Tokens decoded in a round.
+    pub tokens: usize,
+    /// One token, greedy, of one sequence.
+    pub decode_ms: f64,
+    /// Decoding over its bound.
+    pub decode_over_bound: f64,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// The prompt, up to the logits of its last token.
+    pub prefill_ms: f64,
+    /// Its matrix products alone.
+    pub products_ms: f64,
+    /// Floating-point operations of the products, in units of 10⁹.
+    pub products_gflop: f64,
+    /// Prefill over its products.
+    pub prefill_over_products: f64,
+}
+
+/// What the rounds measured.
+#[derive(Default)]
+struct Samples {
+    bytes_per_s: Vec<f64>,
+    /// Of every token.
+    decode_ms: Vec<f64>,
+    prefill_ms: Vec<f64>,
+    products_ms: Vec<f64>,
+}
+
+impl DecodeSummary {
+    fn new(
+        options: &DecodeOptions,
+        weights: &InferenceWeights,
+        initial_weights: bool,
+        threads: usize,
+        products_gflop: f64,
+        samples: &Samples,
+    ) -> Self {
+        let active_bytes = weights.active_bytes();
+        let bytes_per_s = median(&samples.bytes_per_s);
+        let bound_ms = active_bytes as f64 / bytes_per_s * 1e3;
+        let decode_ms = median(&samples.decode_ms);
+        let (prefill_ms, products_ms) = (median(&samples.prefill_ms), median(&samples.products_ms));
+        DecodeSummary {
+            threads,
+            rounds: options.rounds,
+            initial_weights,
+            weight_bytes: weights.bytes(),
+            active_bytes,
+            read_gb_per_s: bytes_per_s / 1e9,
+            bound_ms,
+            context_tokens: DECODE_PROMPT_TOKENS,
+            tokens: options.tokens,
+            decode_ms,
+            decode_over_bound: decode_ms / bound_ms,
+            prompt_tokens: options.prompt_tokens,
+            prefill_ms,
+            products_ms,
+            products_gflop,
+            prefill_over_products: prefill_ms / products_ms,
+        }
+    }
+
+    /// As a person reads it.
+    pub fn table(&self) -> String {
+        let mut table =
+            Table::new([("", Align::Left), ("ms", Align::Right), ("bound ms", Align::Right), ("ratio", Align::Right)]);
+        let mut row = |what: &str, ms: f64, bound_ms: f64, ratio: f64| {
+            table.row([what.to_owned(), format!("{ms:.2}"), format!("{bound_ms:.2}"), format!("{ratio:.2}x")]);
+        };
+        row("decode, a token", self.decode_ms, self.bound_ms, self.decode_over_bound);
+        row("prefill", self.prefill_ms, self.products_ms, self.prefill_over_products);
+        format!(
+            "{}\n{} threads, medians of {} rounds; weights: {}\ndecode: batch 1, {} tokens after {}; the bound reads {:.0} MB \
+             of active weights (of {:.0} MB) once at the measured {:.1} GB/s\nprefill: {} tokens; the bound is its matrix \
+             products alone, {:.0} GFLOP/s",
+            table.render(),
+            self.threads,
+            self.rounds,
+            if self.initial_weights { "initial ones, on which speed does not depend" } else { "the folder's" },
+            self.tokens,
+            self.context_tokens,
+            self.active_bytes as f64 / 1e6,
+            self.weight_bytes as f64 / 1e6,
+            self.read_gb_per_s,
+            self.prompt_tokens,
+            self.products_gflop * 1e3 / self.products_ms,
+        )
+    }
+}
+
+/// Measures decoding and prefill on one rank, in rounds: memory, a sequence's tokens, a prompt, its products.
+///
+/// # Errors
+/// Bad folder, configuration or sizes.
+pub fn bench_decode(options: &DecodeOptions) -> Result<DecodeSummary, InferError> {
+    let (weights, initial_weights) = load_weights(options)?;
+    let threads = match options.threads {
+        0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        threads => threads,
+    };
+    let mut decoder = Decoder::new(&weights, threads, options)?;
+    // What depends on the prompt's length reaches its size, and its products are recorded.
+    decoder.prefill(options.prompt_tokens)?;
+    gemm::record(true);
+    let recorded = decoder.prefill(options.prompt_tokens);
+    gemm::record(false);
+    let mut shapes = gemm::take_recorded();
+    recorded?;
+    shapes.extend(attention_shapes(weights.config(), options.prompt_tokens));
+    let mut replay = ProductReplay::new(shapes);
+
+    let compute = Compute::new(threads);
+    let mut samples = Samples::default();
+    let mut progress = if options.quiet { Progress::silent() } else { Progress::new(0, options.rounds as u64) };
+    // The first round warms up.
+    for round in 0..=options.rounds {
+        let bytes_per_s = read_bandwidth(&compute);
+        let decode_ms = decoder.decode(options.tokens)?;
+        let prefill_ms = decoder.prefill(options.prompt_tokens)?;
+        let begun = Instant::now();
+        replay.run(&compute);
+        let products_ms = milliseconds(begun);
+        if round > 0 {
+            samples.bytes_per_s.push(bytes_per_s);
+            samples.decode_ms.extend(decode_ms);
+            samples.prefill_ms.push(prefill_ms);
+            samples.products_ms.push(products_ms);
+            progress.reached("round", round as u64);
+        }
+    }
+    progress.finish();
+    Ok(DecodeSummary::new(options, &weights, initial_weights, threads, replay.gflop(), &samples))
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// The weights of a folder, or initial ones of a configuration's sizes, and whether it is the latter.
+fn load_weights(options: &DecodeOptions) -> Result<(Arc<InferenceWeights>, bool), InferError> {
+    let (config, folder) = if options.model.is_dir() {
+        let config = ModelConfig::from_folder(&options.model).map_err(InferError::input)?;
+        (config, Some(options.model.clone()))
+    } else {
+        let run = RunConfig::load(&options.model, &[]).map_err(InferError::input)?;
+        let folder = run.model_folder();
+        (run.model, folder)
+    };
+    check(options, &config)?;
+    let weights = match &folder {
+        Some(folder) => InferenceWeights::load(folder, config).map_err(InferError::input)?,
+        None => InferenceWeights::initial(config, 0),
+    };
+    Ok((Arc::new(weights), folder.is_none()))
+}
+
+/// Refuses sizes that cannot be.
+fn check(options: &DecodeOptions, config: &ModelConfig) -> Result<(), InferError> {
+    let positions = config.max_positions;
+    let most_tokens = positions.saturating_sub(DECODE_PROMPT_TOKENS);
+    if most_tokens == 0 {
+        return Err(InferError::Input(format!(
+            "{}: the model has {positions} positions, expected more than {DECODE_PROMPT_TOKENS}, the tokens before those \
+             that are measured",
+            options.model.display()
+        )));
+    }
+    let model = "the model's positions";
+    for (option, value, least, most, why) in [
+        ("--threads", options.threads, 0, MOST_THREADS, String::new()),
+        ("--rounds", options.rounds, 1, MOST_ROUNDS, String::new()),
+        ("--prompt-tokens", options.prompt_tokens, 1, positions, format!(", {model}")),
+        ("--tokens", options.tokens, 1, most_tokens, format!(", {model} less the {DECODE_PROMPT_TOKENS} before")),
+    ] {
+        if !(least..=most).contains(&value) {
+            return Err(InferError::Input(format!(
+                "{option} is {value}, expected a number from {least} to {most}{why}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A model on one rank that reads a text of its own making.
+struct Decoder {
+    model: InferenceModel,
+    comm: Comm,
+    /// As many as the longest sequence.
+    text: Vec<u32>,
+}
+
+impl Decoder {
+    fn new(weights: &Arc<InferenceWeights>, threads: usize, options: &DecodeOptions) -> Result<Self, InferError> {
+        let config = weights.config();
+        let max_tokens = options.prompt_tokens.max(DECODE_PROMPT_TOKENS);
+        let max_sequence_tokens = max_tokens.max(DECODE_PROMPT_TOKENS + options.tokens);
+        let limits =
+            InferenceLimits { max_tokens, max_sequence_tokens, pages: KvCache::pages_for(max_sequence_tokens) };
+        let scheduler = ExpertSchedulerSettings {
+            placement: PlacementPolicy::Static,
+            estimation: false,
+            fine_tuning: false,
+            slots: config.experts,
+            top_k: config.top_k,
+            costs: PlacementCosts { row_ns: 1.0, wire_row_ns: 0.0, copy_ns: 0.0 },
+            plan_every: 1,
+            seed: 0,
+        };
+        let experts = ExpertOptions { scheduler, forecast: Forecast::None, planning_flops: 0, verify_every: None };
+        let model = InferenceModel::new(weights.clone(), 1, Compute::new(threads), limits, experts)
+            .map_err(InferError::input)?;
+        // Any tokens will do; a stride that shares no factor with usual sizes of vocabularies visits many of them.
+        let text = (0..max_tokens).map(|token| (token * 7919 % config.vocab) as u32).collect();
+        Ok(Decoder { model, comm: Comm::solo(), text })
+    }
+
+    /// A new sequence takes the place of the last one: milliseconds that its first `tokens` tokens take.
+    fn prefill(&mut self, tokens: usize) -> Result<f64, InferError> {
+        let cache = self.model.cache();
+        if cache.holds(SEQUENCE) {
+            cache.release(SEQUENCE);
+        }
+        cache.admit(SEQUENCE, cache.free_pages());
+        let prompt = self.text[..tokens].to_vec();
+        self.step(&prompt)
+    }
+
+    /// Milliseconds of each of `tokens` greedy tokens of a new sequence.
+    fn decode(&mut self, tokens: usize) -> Result<Vec<f64>, InferError> {
+        self.prefill(DECODE_PROMPT_TOKENS)?;
+        (0..tokens)
+            .map(|_| {
+                let begun = Instant::now();
+                let logits = self.model.logits().iter().zip(0..);
+                let (_, token) = logits.max_by(|a, b| a.0.total_cmp(b.0)).expect("logits of the last token");
+                self.step(&[token])?;
+                Ok(milliseconds(begun))
+            })
+            .collect()
+    }
+
+    /// Milliseconds of one pass.
+    fn step(&mut self, tokens: &[u32]) -> Result<f64, InferError> {
+        let begun = Instant::now();
+        self.comm.begin_evaluation(0)?;
+        let feeds = [SequenceFeed { id: SEQUENCE, tokens, logits: LogitsOf::Last }];
+        let batch = InferenceBatch { feeds: &feeds, token_offset: 0, truth: None };
+        self.model.forward(&mut self.comm, batch).map_err(|error| step_error(0, error))?;
+        self.comm.end_step();
+        Ok(milliseconds(begun))
+    }
+}
+
+/// The products inside the attention kernel, which are not recorded one by one: of each tile of `PAGE_TOKENS` queries,
+/// scores and values of the keys that it sees, all heads of a layer as one group.
+fn attention_shapes(config: &ModelConfig, tokens: usize) -> Vec<Shape> {
+    let tiles: Vec<(usize, usize)> = (0..tokens)
+        .step_by(PAGE_TOKENS)
+        .map(|start| {
+            let end = tokens.min(start + PAGE_TOKENS);
+            let first_seen = config.sliding_window.map_or(0, |window| (start + 1).saturating_sub(window));
+            (end - start, end - first_seen)
+        })
+        .collect();
+    let batch = config.heads * tiles.len();
+    let all_heads = |shape: &dyn Fn(usize, usize) -> Shape| -> Vec<Shape> {
+        (0..config.heads).flat_map(|_| tiles.iter().map(|&(rows, keys)| shape(rows, keys))).collect()
+    };
+    let dim = config.head_dim;
+    let scores = all_heads(&|m, n| Shape { m, n, k: dim, layout: Layout::NT, accumulate: false, batch });
+    let values = all_heads(&|m, k| Shape { m, n: dim, k, layout: Layout::NN, accumulate: false, batch });
+    (0..config.layers).flat_map(|_| scores.iter().chain(&values)).copied().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lina_model::{ModelKind, Sizes};
+
+    fn options(prompt_tokens: usize) -> DecodeOptions {
+        DecodeOptions { model: PathBuf::new(), threads: 1, tokens: 3, prompt_tokens, rounds: 2, quiet: true }
+    }
+
+    #[test]
+    fn figures_follow_from_samples() {
+        let sizes = Sizes { vocab: 11, hidden: 8, layers: 2, heads: 2, experts: 5, top_k: 3, expert_hidden: 7 };
+        let weights = InferenceWeights::initial(ModelConfig::family(ModelKind::Mixtral, sizes), 1);
+        let samples = Samples {
+            bytes_per_s: vec![3e6, 1e6, 2e6],
+            decode_ms: vec![9.0, 7.0, 8.0],
+            prefill_ms: vec![30.0, 50.0],
+            products_ms: vec![20.0, 10.0, 90.0],
+        };
+        let summary = DecodeSummary::new(&options(5), &weights, true, 1, 0.5, &samples);
+        // Of a layer: queries, keys, values, output; two norms; the gate; three matrices of each of three experts.
+        let layer = 4 * 8 * 8 + 2 * 8 + 5 * 8 + 3 * 3 * 8 * 7;
+        // One row of the embedding, the last norm, the head.
+        let floats = 2 * layer + 8 + 8 + 11 * 8;
+        assert_eq!(summary.active_bytes, 4 * floats);
+        assert_eq!(summary.weight_bytes, 4 * (floats + 10 * 8 + 2 * 2 * 3 * 8 * 7));
+        assert_eq!(summary.read_gb_per_s, 2e-3);
+        assert_eq!(summary.bound_ms, (4 * floats) as f64 / 2e6 * 1e3);
+        assert_eq!(summary.decode_over_bound, 8.0 / summary.bound_ms);
+        assert_eq!((summary.prefill_ms, summary.prefill_over_products), (40.0, 2.0));
+        assert!(summary.table().contains("initial ones") && summary.table().contains("25 GFLOP/s"));
+    }
+
+    #[test]
+    fn attention_counts_the_tiles_that_are_seen() {
+        let sizes = Sizes { vocab: 11, hidden: 8, layers: 2, heads: 2, experts: 2, top_k: 1, expert_hidden: 4 };
+        let config = ModelConfig::family(ModelKind::Mixtral, sizes);
+        let shapes = attention_shapes(&config, PAGE_TOKENS + 6);
+        let flop: usize = shapes.iter().map(|shape| 2 * shape.m * shape.n * shape.k).sum();
+        let seen = PAGE_TOKENS * PAGE_TOKENS + 6 * (PAGE_TOKENS + 6);
+        assert_eq!(flop, 2 * 2 * 2 * 2 * 4 * seen);
+        assert!(shapes.iter().all(|shape| shape.batch == 4) && shapes.len() == 16);
+    }
+}
