@@ -21,6 +21,7 @@ use lina_train::{ProductReplay, RunConfig, median};
 use serde::Serialize;
 
 use crate::InferError;
+use crate::job::load_weights;
 use crate::ranks::step_error;
 
 /// Tokens before those that are decoded and measured.
@@ -162,7 +163,7 @@ impl DecodeSummary {
 /// # Errors
 /// Bad folder, configuration or sizes.
 pub fn bench_decode(options: &DecodeOptions) -> Result<DecodeSummary, InferError> {
-    let (weights, initial_weights) = load_weights(options)?;
+    let (weights, initial_weights) = weights(options)?;
     let threads = match options.threads {
         0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
         threads => threads,
@@ -206,7 +207,7 @@ fn milliseconds(since: Instant) -> f64 {
 }
 
 /// The weights of a folder, or initial ones of a configuration's sizes, and whether it is the latter.
-fn load_weights(options: &DecodeOptions) -> Result<(Arc<InferenceWeights>, bool), InferError> {
+fn weights(options: &DecodeOptions) -> Result<(Arc<InferenceWeights>, bool), InferError> {
     let (config, folder) = if options.model.is_dir() {
         let config = ModelConfig::from_folder(&options.model).map_err(InferError::input)?;
         (config, Some(options.model.clone()))
@@ -216,10 +217,7 @@ fn load_weights(options: &DecodeOptions) -> Result<(Arc<InferenceWeights>, bool)
         (run.model, folder)
     };
     check(options, &config)?;
-    let weights = match &folder {
-        Some(folder) => InferenceWeights::load(folder, config).map_err(InferError::input)?,
-        None => InferenceWeights::initial(config, 0),
-    };
+    let weights = load_weights(folder.as_deref(), config, 0)?;
     Ok((Arc::new(weights), folder.is_none()))
 }
 

@@ -1,6 +1,6 @@
 //! A job that serves requests: ranks start, hold the model, and end when nobody asks any more.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use lina_comm::Comm;
@@ -13,7 +13,7 @@ use lina_plan::{
     Estimator, ExpertLayout, ExpertSchedulerSettings, PlacementCosts, PlacementPolicy, Policy, PolicyRules,
     PolicySettings,
 };
-use lina_train::{ClusterConfig, Engine, TrainError, run_job};
+use lina_train::{ClusterConfig, Engine, MemoryPlan, TrainError, run_job};
 
 use crate::ranks::{RankWorker, Ranks};
 use crate::{BackendLimits, EngineHandle, EngineOptions, InferError, engine_channel, load_profile, serve_requests};
@@ -100,7 +100,8 @@ pub fn with_engine<R: Send>(
     f: impl FnOnce(EngineHandle) -> R + Send,
 ) -> Result<Option<R>, InferError> {
     let prepared = prepare(options)?;
-    let weights = Arc::new(InferenceWeights::load(&options.model, prepared.config.clone()).map_err(InferError::input)?);
+    let cache_bytes = (options.cache_gib * f64::from(1 << 30)) as u64;
+    let weights = Arc::new(load_weights(Some(&options.model), prepared.config.clone(), cache_bytes)?);
     let forecast = forecast(options, &weights)?;
     let (handle, inbox) = engine_channel(engine, prepared.backend);
     let inbox = Mutex::new(Some(inbox));
@@ -134,6 +135,20 @@ pub fn with_engine<R: Send>(
         job?;
         Ok(Some(result))
     })
+}
+
+/// A model's weights, of `folder` or initial ones, if they fit beside keys and values of `cache_bytes`.
+pub(crate) fn load_weights(
+    folder: Option<&Path>,
+    config: ModelConfig,
+    cache_bytes: u64,
+) -> Result<InferenceWeights, InferError> {
+    let parts = [("weights", InferenceWeights::bytes_of(&config)), ("keys and values", cache_bytes)];
+    MemoryPlan::of_parts(&parts).check_or("lower --cache-gib or take a smaller model", None)?;
+    match folder {
+        Some(folder) => InferenceWeights::load(folder, config).map_err(InferError::input),
+        None => Ok(InferenceWeights::initial(config, 0)),
+    }
 }
 
 /// Ends the engine however its user ends.

@@ -14,7 +14,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::Serialize;
 
 use crate::InferError;
-use crate::job::HISTORY_DECAY;
+use crate::job::{HISTORY_DECAY, load_weights};
 use crate::routing_trace::{BatchRouting, RoutingTracer, read_tokens};
 
 /// Says in a profile what it is.
@@ -180,11 +180,23 @@ pub fn profile(options: &ProfileOptions) -> Result<ProfileSummary, InferError> {
             config.max_positions
         )));
     }
+    if options.length == 0 {
+        return Err(InferError::Input("--path-length is 0, expected at least 1".to_owned()));
+    }
+    // Before the work, not after it.
+    let folder = options.out.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+        return Err(InferError::Input(format!(
+            "{} cannot be written: {} is no folder",
+            options.out.display(),
+            folder.display()
+        )));
+    }
     let mut builder = PathTables::builder(layers, config.experts, config.top_k, options.length)
         .map_err(|error| InferError::Input(format!("--path-length is {}: {}", options.length, error.message)))?;
     let stream = read_tokens(&options.model, &config, &options.data)?;
     let held_out = options.held_out.as_ref().map(|data| read_tokens(&options.model, &config, data)).transpose()?;
-    let weights = Arc::new(InferenceWeights::load(&options.model, config.clone()).map_err(InferError::input)?);
+    let weights = Arc::new(load_weights(Some(&options.model), config.clone(), 0)?);
     let threads = if options.threads > 0 {
         options.threads
     } else {

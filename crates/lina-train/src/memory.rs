@@ -72,7 +72,14 @@ impl MemoryPlan {
             add("uneven routing", uneven_routing_bytes);
         }
         add("data", data_bytes);
-        add("process", PROCESS_BYTES);
+        let parts: Vec<(&str, u64)> = parts.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+        Self::of_parts(&parts)
+    }
+
+    /// A plan of these parts, names and bytes, and the process itself.
+    pub fn of_parts(parts: &[(&str, u64)]) -> Self {
+        let mut parts: Vec<(String, u64)> = parts.iter().map(|&(name, bytes)| (name.to_owned(), bytes)).collect();
+        parts.push(("process".to_owned(), PROCESS_BYTES));
         parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
         let total_bytes = parts.iter().map(|(_, bytes)| bytes).sum();
         MemoryPlan { parts, total_bytes }
@@ -86,7 +93,10 @@ impl MemoryPlan {
     }
 
     /// Refuses what cannot fit, with `advice` on what to do.
-    pub(crate) fn check_or(&self, advice: &str, limit_bytes: Option<u64>) -> Result<(), TrainError> {
+    ///
+    /// # Errors
+    /// If it does not fit the limit, or without one the machine's memory.
+    pub fn check_or(&self, advice: &str, limit_bytes: Option<u64>) -> Result<(), TrainError> {
         let Some((limit, source)) = limit(limit_bytes) else { return Ok(()) };
         if self.total_bytes <= limit {
             return Ok(());

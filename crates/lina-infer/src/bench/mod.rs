@@ -23,6 +23,7 @@ pub use lina_report::{LayerAccuracyNumbers, SchedulerResult};
 pub use scheduler::Scheduler;
 pub use summary::InferBenchSummary;
 
+use crate::job::load_weights;
 use crate::routing_trace::read_tokens;
 use crate::{InferError, load_profile};
 use run::{Comparison, run_rank};
@@ -88,7 +89,7 @@ pub fn bench_infer(options: &InferBenchOptions) -> Result<Option<InferBenchSumma
     let stream = read_tokens(&options.model, &model_config, &options.data)?;
     // A window's last token is what the one before it is to predict.
     let windows = EvalWindows::new(&stream, sequence_tokens + 1).map_err(InferError::input)?;
-    let weights = Arc::new(InferenceWeights::load(&options.model, model_config.clone()).map_err(InferError::input)?);
+    let weights = Arc::new(load_weights(Some(&options.model), model_config.clone(), 0)?);
     let tables = tables(options, &config, &schedulers, &weights)?;
     let comparison = Comparison {
         config: &config,

@@ -40,9 +40,14 @@ impl InferenceWeights {
         weights
     }
 
+    /// Bytes that the weights of `config` take.
+    pub fn bytes_of(config: &ModelConfig) -> u64 {
+        let layout = all_experts(config);
+        ((layout.dense_len() + layout.experts_len()) * size_of::<f32>()) as u64
+    }
+
     fn zeros(config: ModelConfig) -> Self {
-        let all: Vec<usize> = (0..config.experts).collect();
-        let layout = ParameterLayout::new(&config, &all);
+        let layout = all_experts(&config);
         let (dense, experts) = (vec![0.0; layout.dense_len()], vec![0.0; layout.experts_len()]);
         InferenceWeights { config, layout, dense, experts }
     }
@@ -97,4 +102,10 @@ impl InferenceWeights {
     pub(super) fn layer_experts(&self, layer: usize) -> &[f32] {
         &self.experts[self.layout.layer_experts(layer)]
     }
+}
+
+/// The layout of a rank that holds every expert.
+fn all_experts(config: &ModelConfig) -> ParameterLayout {
+    let all: Vec<usize> = (0..config.experts).collect();
+    ParameterLayout::new(config, &all)
 }

@@ -186,7 +186,8 @@ fn profiles_that_cannot_be() {
     let path = folder.path();
     let refused =
         |options: &[&str], sentence: &str| check_in(path, &[&PROFILE, options, &["--quiet"]].concat(), 2, sentence);
-    refused(&["--out", "none/paths"], "none/paths cannot be written: No such file or directory (os error 2)");
+    refused(&["--out", "none/paths"], "none/paths cannot be written: none is no folder");
+    refused(&["--out", "paths", "--path-length", "0"], "--path-length is 0, expected at least 1");
     refused(
         &["--out", "paths", "--path-length", "99"],
         "--path-length is 99: paths of 99 choices among 16 experts: expected experts to the power of the length below 2^64",
