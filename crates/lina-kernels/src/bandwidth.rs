@@ -4,6 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use crate::compute::{Compute, RowsMut};
+use crate::huge_pages::advise_huge_pages;
 use crate::isa::multiversion;
 use crate::prefetch::{LINE, prefetch};
 
@@ -20,6 +21,7 @@ const ROUNDS: usize = 9;
 pub fn read_bandwidth(ctx: &Compute) -> f64 {
     let floats = BUFFER_BYTES / size_of::<f32>();
     let mut buffer = vec![0.0_f32; floats];
+    advise_huge_pages(&mut buffer);
     // Fresh pages are all backed by one page of zeros until they are written.
     ctx.parallel_rows(floats, BLOCK_FLOATS, RowsMut::new(&mut buffer, 1), |_, part| part.fill(1.0));
     let mut seconds: Vec<f64> = (0..ROUNDS)

@@ -455,7 +455,7 @@ pub(crate) struct BenchInferArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchDecodeArguments {
-    /// Hugging Face folder with config.json and model.safetensors, or a training configuration whose [model] gives sizes.
+    /// Hugging Face folder with config.json and model.safetensors, or a training configuration whose `[model]` gives sizes.
     #[arg(value_name = "CONFIG.toml|MODEL_DIR")]
     pub(crate) model: PathBuf,
     /// Threads that compute; 0 is all cores.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use lina_kernels::advise_huge_pages;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -48,7 +49,9 @@ impl InferenceWeights {
 
     fn zeros(config: ModelConfig) -> Self {
         let layout = all_experts(&config);
-        let (dense, experts) = (vec![0.0; layout.dense_len()], vec![0.0; layout.experts_len()]);
+        let (mut dense, mut experts) = (vec![0.0; layout.dense_len()], vec![0.0; layout.experts_len()]);
+        advise_huge_pages(&mut dense);
+        advise_huge_pages(&mut experts);
         InferenceWeights { config, layout, dense, experts }
     }
 

@@ -14,7 +14,7 @@ use super::{
 };
 
 /// How much longer than expected a layer may take before `lina` plans again, as a factor.
-const TOLERANCE: f64 = 1.1;
+const TOLERANCE: f64 = 1.25;
 
 /// What a scheduler does.
 #[derive(Clone, Copy, Debug, PartialEq)]
