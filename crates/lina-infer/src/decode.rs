@@ -12,10 +12,9 @@ use lina_comm::Comm;
 use lina_kernels::gemm::{self, Layout, Shape};
 use lina_kernels::{Compute, PAGE_TOKENS, read_bandwidth};
 use lina_model::{
-    ExpertOptions, Forecast, InferenceBatch, InferenceLimits, InferenceModel, InferenceWeights, KvCache, LogitsOf,
-    ModelConfig, SequenceFeed,
+    ExpertOptions, InferenceBatch, InferenceLimits, InferenceModel, InferenceWeights, KvCache, LogitsOf, ModelConfig,
+    SequenceFeed,
 };
-use lina_plan::{ExpertSchedulerSettings, PlacementCosts, PlacementPolicy};
 use lina_report::{Align, Progress, Table};
 use lina_train::{ProductReplay, RunConfig, median};
 use serde::Serialize;
@@ -263,17 +262,7 @@ impl Decoder {
         let max_sequence_tokens = max_tokens.max(DECODE_PROMPT_TOKENS + options.tokens);
         let limits =
             InferenceLimits { max_tokens, max_sequence_tokens, pages: KvCache::pages_for(max_sequence_tokens) };
-        let scheduler = ExpertSchedulerSettings {
-            placement: PlacementPolicy::Static,
-            estimation: false,
-            fine_tuning: false,
-            slots: config.experts,
-            top_k: config.top_k,
-            costs: PlacementCosts { row_ns: 1.0, wire_row_ns: 0.0, copy_ns: 0.0 },
-            plan_every: 1,
-            seed: 0,
-        };
-        let experts = ExpertOptions { scheduler, forecast: Forecast::None, planning_flops: 0, verify_every: None };
+        let experts = ExpertOptions::fixed(config);
         let model = InferenceModel::new(weights.clone(), 1, Compute::new(threads), limits, experts)
             .map_err(InferError::input)?;
         // Any tokens will do; a stride that shares no factor with usual sizes of vocabularies visits many of them.

@@ -10,7 +10,6 @@ use lina_model::{
     ExpertOptions, Forecast, InferenceBatch, InferenceLimits, InferenceModel, InferenceWeights, KvCache, LogitsOf,
     ModelConfig, SequenceFeed,
 };
-use lina_plan::{ExpertSchedulerSettings, PlacementCosts, PlacementPolicy};
 
 use crate::InferError;
 use crate::ranks::step_error;
@@ -54,17 +53,7 @@ impl RoutingTracer {
         let max_tokens = windows_of_batch * window_tokens;
         let pages = windows_of_batch * KvCache::pages_for(window_tokens);
         let limits = InferenceLimits { max_tokens, max_sequence_tokens: window_tokens, pages };
-        let scheduler = ExpertSchedulerSettings {
-            placement: PlacementPolicy::Static,
-            estimation: false,
-            fine_tuning: false,
-            slots: config.experts,
-            top_k: config.top_k,
-            costs: PlacementCosts { row_ns: 1.0, wire_row_ns: 0.0, copy_ns: 0.0 },
-            plan_every: 1,
-            seed: 0,
-        };
-        let experts = ExpertOptions { scheduler, forecast: Forecast::NextGate, planning_flops: 0, verify_every: None };
+        let experts = ExpertOptions { forecast: Forecast::NextGate, ..ExpertOptions::fixed(config) };
         let compute = Compute::new(threads);
         let mut model = InferenceModel::new(weights.clone(), 1, compute, limits, experts).map_err(InferError::input)?;
         model.record_routing();

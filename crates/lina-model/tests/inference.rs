@@ -6,25 +6,11 @@ use std::sync::Arc;
 use lina_comm::Comm;
 use lina_kernels::Compute;
 use lina_model::*;
-use lina_plan::{ExpertLayout, ExpertSchedulerSettings, PlacementCosts, PlacementPolicy};
+use lina_plan::ExpertLayout;
 
 fn folders() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hf");
     ["mixtral", "olmoe", "olmoe_clip_sharded", "qwen3_moe"].map(|name| root.join(name)).to_vec()
-}
-
-fn options(config: &ModelConfig) -> ExpertOptions {
-    let scheduler = ExpertSchedulerSettings {
-        placement: PlacementPolicy::Static,
-        estimation: false,
-        fine_tuning: false,
-        slots: config.experts,
-        top_k: config.top_k,
-        costs: PlacementCosts { row_ns: 1.0, wire_row_ns: 0.0, copy_ns: 0.0 },
-        plan_every: 1,
-        seed: 0,
-    };
-    ExpertOptions { scheduler, forecast: Forecast::None, planning_flops: 0, verify_every: Some(2) }
 }
 
 fn prompt(config: &ModelConfig, tokens: usize) -> Vec<u32> {
@@ -36,8 +22,9 @@ fn logits(folder: &Path, pieces: &[usize], threads: usize) -> Vec<f32> {
     let config = ModelConfig::from_folder(folder).unwrap();
     let weights = Arc::new(InferenceWeights::load(folder, config.clone()).unwrap());
     let tokens = pieces.iter().sum();
+    let experts = ExpertOptions { verify_every: Some(2), ..ExpertOptions::fixed(&config) };
     let limits = InferenceLimits { max_tokens: tokens + 3, max_sequence_tokens: 48, pages: 4 };
-    let mut model = InferenceModel::new(weights, 1, Compute::new(threads), limits, options(&config)).unwrap();
+    let mut model = InferenceModel::new(weights, 1, Compute::new(threads), limits, experts).unwrap();
     let mut comm = Comm::solo();
     let prompt = prompt(&config, tokens);
     model.cache().admit(0, 1);

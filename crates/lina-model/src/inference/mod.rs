@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use lina_comm::{Comm, CommError, WorkKind};
 use lina_kernels::{self as kernels, Compute, Mat, MatMut, PagedSequence, RotaryTable};
-use lina_plan::{ExpertScheduler, ExpertSchedulerSettings, PlacementError};
+use lina_plan::{ExpertScheduler, ExpertSchedulerSettings, PlacementCosts, PlacementError, PlacementPolicy};
 use thiserror::Error;
 
 use crate::attention::{Attention, CachedLayer};
@@ -88,6 +88,23 @@ pub struct ExpertOptions {
     pub planning_flops: u64,
     /// Recomputes every n-th token of each layer on its own rank and compares.
     pub verify_every: Option<u64>,
+}
+
+impl ExpertOptions {
+    /// Every expert of `config` on every rank, where it stays: for one rank.
+    pub fn fixed(config: &ModelConfig) -> Self {
+        let scheduler = ExpertSchedulerSettings {
+            placement: PlacementPolicy::Static,
+            estimation: false,
+            fine_tuning: false,
+            slots: config.experts,
+            top_k: config.top_k,
+            costs: PlacementCosts { row_ns: 1.0, wire_row_ns: 0.0, copy_ns: 0.0 },
+            plan_every: 1,
+            seed: 0,
+        };
+        ExpertOptions { scheduler, forecast: Forecast::None, planning_flops: 0, verify_every: None }
+    }
 }
 
 /// Tokens that a sequence gets.
