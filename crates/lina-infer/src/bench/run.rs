@@ -38,9 +38,8 @@ pub(super) struct BatchSample {
     pub batch_ms: f64,
     /// Longest time of a rank in MoE layers, gate to sum.
     pub moe_ms: f64,
-    /// Mean time that ranks waited for all-to-alls, and that dispatches and combines were on the wire.
+    /// Mean time that ranks waited for all-to-alls.
     pub blocked_ms: f64,
-    pub wire_ms: f64,
     /// Mean time that ranks waited for copies.
     pub copy_blocked_ms: f64,
     /// Mean over layers of the largest device's rows over the mean.
@@ -214,10 +213,10 @@ fn run_batch(
     let batch = InferenceBatch { feeds: &feeds, token_offset, truth };
     model.forward(comm, batch).map_err(|error| job_error(step_error(rank, error)))?;
     let took = comm.now() - begun;
-    let StepStats { all_to_all_blocked, token_exchange, copy_blocked, .. } = comm.end_step();
+    let StepStats { all_to_all_blocked, copy_blocked, .. } = comm.end_step();
     let stats = model.take_stats();
     // A rank's own numbers, each in its own place of the sum.
-    let own = [took, stats.moe_ns, all_to_all_blocked, token_exchange, copy_blocked];
+    let own = [took, stats.moe_ns, all_to_all_blocked, copy_blocked];
     let mut all = vec![0.0; own.len() * ranks];
     all.iter_mut().skip(rank).step_by(ranks).zip(own).for_each(|(place, value)| *place = value as f64 / 1e6);
     comm.sum(&mut all)?;
@@ -232,8 +231,7 @@ fn run_batch(
         batch_ms: largest(0),
         moe_ms: largest(1),
         blocked_ms: mean(2),
-        wire_ms: mean(3),
-        copy_blocked_ms: mean(4),
+        copy_blocked_ms: mean(3),
         imbalance: stats.layers.iter().map(|layer| layer.imbalance_sum).sum::<f64>() / passes,
         skew: skews.sum::<f64>() / stats.layers.len().max(1) as f64,
         stats,

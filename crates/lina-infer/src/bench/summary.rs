@@ -281,7 +281,6 @@ mod tests {
             batch_ms: 1.0,
             moe_ms: 0.5,
             blocked_ms: 0.0,
-            wire_ms: 0.0,
             copy_blocked_ms: 0.0,
             imbalance: 1.0,
             skew: 1.0,

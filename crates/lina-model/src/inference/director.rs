@@ -95,7 +95,9 @@ pub(super) struct ExpertDirector {
     estimates: Vec<Option<Vec<f64>>>,
     /// Assignments of all ranks in the layer that was settled last.
     rows: f64,
-    /// Scratch of the next layer's gate: `[tokens, experts]` twice, `[tokens, top_k]`.
+    /// Scratch of the next layer's gate: its norm, for [`Forecast::NextGate`], `[tokens, experts]` twice,
+    /// `[tokens, top_k]`.
+    next_norm: Option<Norm>,
     logits: Vec<f32>,
     probabilities: Vec<f32>,
     gate_weight: Vec<f32>,
@@ -110,8 +112,10 @@ impl ExpertDirector {
         planning_flops: u64,
         expert_bytes: u64,
         devices: usize,
+        max_tokens: usize,
     ) -> Self {
         let layers = config.moe_layers();
+        let next_norm = matches!(forecast, Forecast::NextGate).then(|| Norm::new(config, max_tokens));
         let decay = match forecast {
             Forecast::History(decay) => decay,
             _ => 1.0 - NEWEST,
@@ -137,6 +141,7 @@ impl ExpertDirector {
             estimate: vec![0.0; config.experts],
             estimates: vec![None; layers],
             rows: 0.0,
+            next_norm,
             logits: Vec::new(),
             probabilities: Vec::new(),
             gate_weight: Vec::new(),
@@ -167,15 +172,13 @@ impl ExpertDirector {
     }
 
     /// The gate has spoken: `index` is `[tokens, top_k]`. Looks what had been expected of it, and makes this rank's
-    /// estimate of the next layer's popularity. `x` is the residual stream that enters the layer's experts; `norm` is
-    /// scratch.
+    /// estimate of the next layer's popularity. `x` is the residual stream that enters the layer's experts.
     pub fn observe(
         &mut self,
         pass: &mut Pass<'_>,
         layer: &MoeLayer<'_>,
         index: &[u32],
         x: &[f32],
-        norm: &mut Norm,
     ) -> Result<(), CommError> {
         let (number, top_k) = (layer.number, self.top_k);
         if !self.predicted.is_empty() {
@@ -198,7 +201,7 @@ impl ExpertDirector {
                     tables.predict(next, &path[..next], top);
                 }
             }
-            Forecast::NextGate => self.ask_next_gate(pass, layer, x, norm)?,
+            Forecast::NextGate => self.ask_next_gate(pass, layer, x)?,
             Forecast::None | Forecast::History(_) | Forecast::Oracle => unreachable!("their estimates are not spread"),
         }
         self.estimate.fill(0.0);
@@ -207,16 +210,11 @@ impl ExpertDirector {
         Ok(())
     }
 
-    fn ask_next_gate(
-        &mut self,
-        pass: &mut Pass<'_>,
-        layer: &MoeLayer<'_>,
-        x: &[f32],
-        norm: &mut Norm,
-    ) -> Result<(), CommError> {
+    fn ask_next_gate(&mut self, pass: &mut Pass<'_>, layer: &MoeLayer<'_>, x: &[f32]) -> Result<(), CommError> {
         let (config, tokens) = (pass.config, pass.tokens());
         let next = (layer.layer + 1..config.layers).find(|&l| config.is_moe(l)).expect("it is not the last such layer");
         pass.work(WorkKind::Router, Some(layer.layer), product_flops(tokens, config.experts, config.hidden))?;
+        let norm = self.next_norm.as_mut().expect("the next gate is asked only where it has a norm");
         norm.forward(pass, &pass.layout.layers[next].feed_forward.norm, layer.weights.dense(), x);
         self.logits.resize(tokens * config.experts, 0.0);
         self.probabilities.resize(tokens * config.experts, 0.0);

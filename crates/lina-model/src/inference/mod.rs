@@ -203,8 +203,8 @@ impl InferenceModel {
             0 => None,
             layers => {
                 let scheduler = ExpertScheduler::new(scheduler, layers, config.experts, ranks)?;
-                let bytes = weights.expert_bytes();
-                Some(ExpertDirector::new(config, scheduler, forecast, planning_flops, bytes, ranks))
+                let (bytes, tokens) = (weights.expert_bytes(), limits.max_tokens);
+                Some(ExpertDirector::new(config, scheduler, forecast, planning_flops, bytes, ranks, tokens))
             }
         };
         let stream = || vec![0.0; limits.max_tokens * config.hidden];

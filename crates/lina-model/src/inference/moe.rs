@@ -98,10 +98,7 @@ impl MoeScratch {
         let begun = pass.comm.now();
         self.route(pass, layer, x)?;
         let index = &self.index[..tokens * config.top_k];
-        director.observe(pass, layer, index, x, &mut self.norm)?;
-        // The estimate may have used the norm for the next layer's gate.
-        let places = &pass.layout.layers[layer.layer].feed_forward;
-        self.norm.forward(pass, &places.norm, layer.weights.dense(), x);
+        director.observe(pass, layer, index, x)?;
 
         self.counts.clear();
         self.counts.resize(config.experts, 0);

@@ -30,15 +30,9 @@ pub struct LayerStats {
     pub passes: u64,
     /// Sum over passes of the largest device's rows over the mean.
     pub imbalance_sum: f64,
-    /// Times that an estimate was compared with the truth.
-    pub checks: u64,
-    /// Of which the experts of the top 2k were the same.
-    pub right: u64,
     /// Times that the layer waited for another placement.
     pub replans: u64,
-    /// Experts copied into slots, on all ranks.
-    pub copies: u64,
-    /// Bytes of them.
+    /// Bytes of experts copied into slots, on all ranks.
     pub moved_bytes: u64,
     /// How good the estimates were: of the batch over all ranks, and of this rank's tokens.
     pub accuracy: LayerAccuracy,
@@ -67,10 +61,7 @@ impl InferenceStats {
             add_all(&mut layer.device_rows, &later.device_rows);
             layer.passes += later.passes;
             layer.imbalance_sum += later.imbalance_sum;
-            layer.checks += later.checks;
-            layer.right += later.right;
             layer.replans += later.replans;
-            layer.copies += later.copies;
             layer.moved_bytes += later.moved_bytes;
             layer.accuracy.merge(&later.accuracy);
         }
@@ -101,13 +92,10 @@ impl InferenceStats {
             layer.passes += 1;
         }
         add_all(&mut layer.device_rows, &device_rows);
-        layer.checks += u64::from(settlement.checked.is_some());
-        layer.right += u64::from(settlement.checked == Some(true));
         layer.replans += u64::from(settlement.replanned);
     }
 
     pub(super) fn moved(&mut self, number: usize, copies: usize, expert_bytes: u64) {
-        self.layers[number].copies += copies as u64;
         self.layers[number].moved_bytes += copies as u64 * expert_bytes;
     }
 
