@@ -246,6 +246,20 @@ pub(crate) struct OutputArguments {
     pub(crate) quiet: bool,
 }
 
+/// The ranks of a command that has no configuration file.
+#[derive(Debug, Args)]
+pub(crate) struct JobArguments {
+    /// Number of ranks [default: 1, or those that the launcher of engine mpi has started].
+    #[arg(long, value_name = "N")]
+    pub(crate) ranks: Option<usize>,
+    /// What carries the ranks' messages: local or, if this build has it, mpi.
+    #[arg(long, value_name = "ENGINE", default_value = "local", value_parser = PossibleValuesParser::new(built_engines()))]
+    pub(crate) engine: String,
+    /// Threads that compute for one rank; 0 shares the cores out.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct TrainArguments {
     #[command(flatten)]
@@ -329,15 +343,8 @@ pub(crate) struct EvalArguments {
     /// Tokens of a window [default: the model's positions, at most 1024].
     #[arg(long, value_name = "T")]
     pub(crate) seq_tokens: Option<usize>,
-    /// Number of ranks [default: 1, or those that the launcher of engine mpi has started].
-    #[arg(long, value_name = "N")]
-    pub(crate) ranks: Option<usize>,
-    /// What carries the ranks' messages: local or, if this build has it, mpi.
-    #[arg(long, value_name = "ENGINE", default_value = "local", value_parser = PossibleValuesParser::new(built_engines()))]
-    pub(crate) engine: String,
-    /// Threads that compute for one rank; 0 shares the cores out.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) threads: usize,
+    #[command(flatten)]
+    pub(crate) job: JobArguments,
     #[command(flatten)]
     pub(crate) output: OutputArguments,
 }
@@ -380,15 +387,8 @@ pub(crate) struct GenerateArguments {
     /// Ends the answer before this text; may be repeated.
     #[arg(long, value_name = "TEXT")]
     pub(crate) stop: Vec<String>,
-    /// Number of ranks [default: 1, or those that the launcher of engine mpi has started].
-    #[arg(long, value_name = "N")]
-    pub(crate) ranks: Option<usize>,
-    /// What carries the ranks' messages: local or, if this build has it, mpi.
-    #[arg(long, value_name = "ENGINE", default_value = "local", value_parser = PossibleValuesParser::new(built_engines()))]
-    pub(crate) engine: String,
-    /// Threads that compute for one rank; 0 shares the cores out.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) threads: usize,
+    #[command(flatten)]
+    pub(crate) job: JobArguments,
     #[command(flatten)]
     pub(crate) output: OutputArguments,
 }
@@ -533,15 +533,8 @@ pub(crate) struct ServeArguments {
     /// Computes every n-th token again on its own rank and compares.
     #[arg(long, value_name = "N")]
     pub(crate) verify_every: Option<u64>,
-    /// Number of ranks [default: 1, or those that the launcher of engine mpi has started].
-    #[arg(long, value_name = "N")]
-    pub(crate) ranks: Option<usize>,
-    /// What carries the ranks' messages: local or, if this build has it, mpi.
-    #[arg(long, value_name = "ENGINE", default_value = "local", value_parser = PossibleValuesParser::new(built_engines()))]
-    pub(crate) engine: String,
-    /// Threads that compute for one rank; 0 shares the cores out.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) threads: usize,
+    #[command(flatten)]
+    pub(crate) job: JobArguments,
     #[command(flatten)]
     pub(crate) output: OutputArguments,
 }

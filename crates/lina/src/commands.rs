@@ -12,7 +12,7 @@ use lina_train::{
 
 use crate::arguments::{
     Arguments, BenchCommand, BenchComputeArguments, BenchTrainArguments, Command, DoctorArguments, EvalArguments,
-    OutputArguments, TrainArguments,
+    JobArguments, OutputArguments, TrainArguments,
 };
 use crate::{doctor, generate, inference, output, serve, signals};
 
@@ -169,17 +169,15 @@ fn run_bench_compute(arguments: BenchComputeArguments) -> Result<(), Failure> {
 
 fn run_eval(arguments: EvalArguments) -> Result<(), Failure> {
     let OutputArguments { json, quiet } = arguments.output;
-    let engine = engine_named(&arguments.engine);
-    let ranks = arguments.ranks.or(launched_ranks().filter(|_| engine == Engine::Mpi)).unwrap_or(1);
-    let cluster = ClusterConfig { engine, ranks, ..ClusterConfig::default() };
+    let cluster = job_cluster(&arguments.job);
     outlive_launcher(&cluster)?;
     let summary = eval(EvalOptions {
         model: model_folder(&arguments.model)?,
         data: arguments.data,
         sequence_tokens: arguments.seq_tokens,
-        ranks,
-        engine,
-        threads: arguments.threads,
+        ranks: cluster.ranks,
+        engine: cluster.engine,
+        threads: cluster.threads,
         quiet,
     })?;
     if !cluster.leads() {
@@ -223,8 +221,15 @@ fn run_rank_doctor(engine: Engine, ranks: Option<usize>, json: bool) -> Result<(
     Ok(output::text(&diagnosis.table())?)
 }
 
+/// The ranks that a command without a configuration file asks for.
+pub(crate) fn job_cluster(job: &JobArguments) -> ClusterConfig {
+    let engine = engine_named(&job.engine);
+    let ranks = job.ranks.or(launched_ranks().filter(|_| engine == Engine::Mpi)).unwrap_or(1);
+    ClusterConfig { engine, ranks, threads: job.threads, ..ClusterConfig::default() }
+}
+
 /// The engine of a name that the arguments have been checked for.
-pub(crate) fn engine_named(name: &str) -> Engine {
+fn engine_named(name: &str) -> Engine {
     Engine::BUILT.iter().copied().find(|engine| engine.name() == name).unwrap_or(Engine::Local)
 }
 

@@ -5,26 +5,27 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use lina_infer::{FinishReason, GenerateOptions, GenerateSummary, ModelOptions, SamplingOptions, generate};
-use lina_train::{ClusterConfig, launched_ranks};
 
 use crate::arguments::{GenerateArguments, OutputArguments};
-use crate::commands::{Failure, engine_named, outlive_launcher};
+use crate::commands::{Failure, job_cluster, outlive_launcher};
 use crate::output;
 
 /// Carries the command out.
 pub(crate) fn run(arguments: GenerateArguments) -> Result<(), Failure> {
-    let engine = engine_named(&arguments.engine);
-    let launched = launched_ranks().filter(|_| engine == lina_train::Engine::Mpi);
-    let ranks = arguments.ranks.or(launched).unwrap_or(1);
-    let cluster = ClusterConfig { engine, ranks, ..ClusterConfig::default() };
+    let cluster = job_cluster(&arguments.job);
     outlive_launcher(&cluster)?;
     let prompt = match (arguments.prompt, arguments.prompt_file) {
         (Some(prompt), _) => prompt,
         (None, Some(file)) => read_prompt(&file)?,
         (None, None) => return Err(Failure::new("a prompt is missing, expected --prompt or --prompt-file", 2)),
     };
-    let model =
-        ModelOptions { model: arguments.model, ranks, engine, threads: arguments.threads, ..Default::default() };
+    let model = ModelOptions {
+        model: arguments.model,
+        ranks: cluster.ranks,
+        engine: cluster.engine,
+        threads: cluster.threads,
+        ..Default::default()
+    };
     let sampling = SamplingOptions {
         greedy: arguments.greedy,
         temperature: arguments.temperature,

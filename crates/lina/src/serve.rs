@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use lina_infer::{EngineOptions, ModelOptions, model_folder, with_engine};
 use lina_serve::{Listener, ServeError, ServeOptions, ServeSummary, ServedModel, Shutdown, Timeouts, serve};
-use lina_train::{ClusterConfig, Engine, launched_ranks};
+use lina_train::ClusterConfig;
 
 use crate::arguments::{OutputArguments, ServeArguments};
-use crate::commands::{Failure, engine_named, outlive_launcher};
+use crate::commands::{Failure, job_cluster, outlive_launcher};
 use crate::{output, signals};
 
 /// Where the key is taken from if no argument gives it: arguments can be seen by everybody on the machine.
@@ -29,10 +29,8 @@ pub(crate) fn run(mut arguments: ServeArguments) -> Result<(), Failure> {
         arguments.served_model_name.extend(arguments.model.to_str().map(str::to_owned));
     }
     arguments.model = model_folder(&arguments.model)?;
-    let engine = engine_named(&arguments.engine);
-    let ranks = arguments.ranks.or(launched_ranks().filter(|_| engine == Engine::Mpi)).unwrap_or(1);
-    let cluster = ClusterConfig { engine, ranks, ..ClusterConfig::default() };
-    let model_options = model_options(&arguments, engine, ranks)?;
+    let cluster = job_cluster(&arguments.job);
+    let model_options = model_options(&arguments, &cluster)?;
     let engine_options = EngineOptions {
         max_queue: arguments.max_queue,
         max_running: arguments.max_running,
@@ -64,13 +62,13 @@ pub(crate) fn run(mut arguments: ServeArguments) -> Result<(), Failure> {
     Ok(output::text(&summary_text(&summary))?)
 }
 
-fn model_options(arguments: &ServeArguments, engine: Engine, ranks: usize) -> Result<ModelOptions, Failure> {
+fn model_options(arguments: &ServeArguments, cluster: &ClusterConfig) -> Result<ModelOptions, Failure> {
     let bad = |option: &str, reason: String| Failure::new(format_args!("{option}: {reason}"), 2);
     Ok(ModelOptions {
         model: arguments.model.clone(),
-        ranks,
-        engine,
-        threads: arguments.threads,
+        ranks: cluster.ranks,
+        engine: cluster.engine,
+        threads: cluster.threads,
         max_sequence_tokens: arguments.max_sequence_tokens,
         step_tokens: arguments.step_tokens,
         cache_gib: arguments.cache_gib,
