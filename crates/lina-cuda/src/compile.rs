@@ -1,0 +1,139 @@
+//! Kernels from source: NVRTC compiles them for the GPU that is there, once; what it made is kept in the user's cache folder.
+
+use std::ffi::{CString, c_char};
+use std::path::PathBuf;
+
+use cudarc::nvrtc::sys::{self, nvrtcProgram, nvrtcResult};
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::error::CudaError;
+
+/// What every module begins with.
+const COMMON: &str = include_str!("kernels/common.cuh");
+
+/// A source file of kernels.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub struct Module {
+    /// Name in messages.
+    pub name: &'static str,
+    /// CUDA C++.
+    pub source: &'static str,
+}
+
+impl Module {
+    /// A module of this source, in front of which stand the definitions that all share.
+    pub const fn new(name: &'static str, source: &'static str) -> Self {
+        Module { name, source }
+    }
+}
+
+/// NVRTC's version.
+///
+/// # Errors
+/// If it cannot be loaded.
+pub fn nvrtc_version() -> Result<(i32, i32), CudaError> {
+    // SAFETY: looks for a file and loads it.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(CudaError::NoLibrary {
+            library: "libnvrtc.so",
+            hint: "CUDA's runtime compiler on the library path (the package nvidia-cuda-nvrtc has it in nvidia/cu13/lib)",
+        });
+    }
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: the out-parameters are valid.
+    let code = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    ok("nvrtcVersion", code).map(|()| (major, minor))
+}
+
+/// The machine code of `module` for GPUs of `architecture` (`sm_90a`, say).
+///
+/// # Errors
+/// If NVRTC cannot be loaded, or does not take the source: its log says why.
+pub fn compile(module: &Module, architecture: &str) -> Result<Vec<u8>, CudaError> {
+    nvrtc_version()?;
+    let text = |text: String| CString::new(text).expect("sources have no null bytes");
+    let source = text(format!("{COMMON}\n#line 1 \"{}.cu\"\n{}", module.name, module.source));
+    let name = text(format!("{}.cu", module.name));
+    let options = [format!("--gpu-architecture={architecture}"), "--std=c++17".into(), "-default-device".into()].map(text);
+    let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+    let mut program = std::ptr::null_mut();
+    // SAFETY: strings end in null bytes and outlive the call; there are no headers.
+    ok("nvrtcCreateProgram", unsafe {
+        let none = std::ptr::null();
+        sys::nvrtcCreateProgram(&mut program, source.as_ptr(), name.as_ptr(), 0, none, none)
+    })?;
+    let program = Program(program);
+    // SAFETY: the program lives and the options are strings that outlive the call.
+    let code = unsafe { sys::nvrtcCompileProgram(program.0, options.len() as i32, options.as_ptr()) };
+    if code == nvrtcResult::NVRTC_ERROR_COMPILATION {
+        let (module, architecture) = (module.name, architecture.to_owned());
+        return Err(CudaError::Compile { module, architecture, log: program.log() });
+    }
+    ok("nvrtcCompileProgram", code)?;
+    let mut size = 0;
+    // SAFETY: the program lives and the out-parameter is valid.
+    ok("nvrtcGetCUBINSize", unsafe { sys::nvrtcGetCUBINSize(program.0, &mut size) })?;
+    let mut cubin = vec![0u8; size];
+    // SAFETY: the buffer has the size that NVRTC asked for.
+    ok("nvrtcGetCUBIN", unsafe { sys::nvrtcGetCUBIN(program.0, cubin.as_mut_ptr().cast()) })?;
+    Ok(cubin)
+}
+
+/// As [`compile`], from the cache folder where this was compiled before.
+///
+/// # Errors
+/// As [`compile`]; a cache that cannot be read or written is none.
+pub fn compile_cached(module: &Module, architecture: &str) -> Result<Vec<u8>, CudaError> {
+    let (major, minor) = nvrtc_version()?;
+    let key = format!("{major}.{minor} {architecture} {COMMON}{}", module.source);
+    let path = cache_folder().map(|folder| folder.join(format!("{}-{:032x}.cubin", module.name, xxh3_128(key.as_bytes()))));
+    if let Some(cubin) = path.as_ref().and_then(|path| std::fs::read(path).ok()) {
+        return Ok(cubin);
+    }
+    let cubin = compile(module, architecture)?;
+    if let Some(path) = path {
+        // Under a name of its own first: other ranks may be writing the same. Without a cache the next start is slower.
+        let own = path.with_extension(format!("{}.part", std::process::id()));
+        let written = path.parent().is_some_and(|folder| std::fs::create_dir_all(folder).is_ok())
+            && std::fs::write(&own, &cubin).is_ok()
+            && std::fs::rename(&own, &path).is_ok();
+        if !written {
+            let _ = std::fs::remove_file(&own);
+        }
+    }
+    Ok(cubin)
+}
+
+fn cache_folder() -> Option<PathBuf> {
+    let base = std::env::var_os("XDG_CACHE_HOME").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    base.map(|base| base.join("lina").join("kernels"))
+}
+
+struct Program(nvrtcProgram);
+
+impl Program {
+    fn log(&self) -> String {
+        let mut size = 0;
+        // SAFETY: the program lives and the out-parameter is valid.
+        if unsafe { sys::nvrtcGetProgramLogSize(self.0, &mut size) } != nvrtcResult::NVRTC_SUCCESS {
+            return "NVRTC gives no log".to_owned();
+        }
+        let mut log = vec![0u8; size];
+        // SAFETY: the buffer has the size that NVRTC asked for.
+        let code = unsafe { sys::nvrtcGetProgramLog(self.0, log.as_mut_ptr().cast()) };
+        debug_assert_eq!(code, nvrtcResult::NVRTC_SUCCESS);
+        String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // SAFETY: made in `compile`, dropped once.
+        let _ = unsafe { sys::nvrtcDestroyProgram(&mut self.0) };
+    }
+}
+
+fn ok(call: &'static str, code: nvrtcResult) -> Result<(), CudaError> {
+    if code == nvrtcResult::NVRTC_SUCCESS { Ok(()) } else { Err(CudaError::Call { call, reason: format!("{code:?}") }) }
+}

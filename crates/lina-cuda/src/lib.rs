@@ -1,0 +1,76 @@
+//! CUDA arithmetic of Mixture-of-Experts transformers, forward and backward: what `lina-kernels` is on a processor.
+//!
+//! Operations take a [`Gpu`] (a rank's device, compute stream and compiled kernels) and views of device memory, and are
+//! enqueued: they have happened once the stream has come as far. Activations are stored as [`DType::F32`] or
+//! [`DType::Bf16`]; sums, statistics and weight gradients are always f32. Every operation is deterministic: the same inputs
+//! give the same bits.
+//!
+//! | question | answered by |
+//! |---|---|
+//! | what is a GPU here, and is there one? | [`Gpu`], [`Device`], [`testing::gpu`] |
+//! | where is data? | [`Buffer`], [`Slice`], [`SliceMut`], [`PinnedBuffer`] |
+//! | what runs after what? | [`Stream`], [`Event`] |
+//! | how does source become a kernel? | [`Module`], [`compile`] |
+//!
+//! CUDA's libraries are loaded when they are first needed, and kernels are compiled by NVRTC on the machine that runs them: a
+//! build needs no CUDA, and one binary serves machines with and without a GPU.
+//!
+//! Operations check the shapes of their arguments and panic when they disagree: that is a bug in the caller, never bad input.
+// Kernels are called with all of their operands; bundling them into structs would hide which are read and which are written.
+#![allow(clippy::too_many_arguments)]
+
+mod activation;
+mod attention;
+mod buffer;
+pub mod compile;
+mod device;
+mod elementwise;
+mod embedding;
+mod error;
+mod event;
+mod gpu;
+mod grouped;
+pub mod jitter;
+mod launch;
+mod loss;
+mod matmul;
+mod norm;
+mod optimizer;
+pub mod pace;
+mod paged;
+mod permute;
+mod pinned;
+mod rotary;
+mod router;
+mod staging;
+mod stream;
+pub mod testing;
+
+pub use activation::*;
+pub use attention::*;
+pub use buffer::{Buffer, DType, Element, Slice, SliceMut};
+pub use compile::Module;
+pub use cudarc;
+pub use device::{Device, DeviceFacts};
+pub use elementwise::*;
+pub use embedding::*;
+pub use error::CudaError;
+pub use event::Event;
+pub use gpu::Gpu;
+pub use grouped::*;
+pub use launch::{Arg, LaunchShape};
+pub use loss::*;
+pub use matmul::*;
+pub use norm::*;
+pub use optimizer::*;
+pub use paged::*;
+pub use permute::*;
+pub use pinned::PinnedBuffer;
+pub use rotary::*;
+pub use router::*;
+pub use stream::{Priority, Stream};
+
+/// Every module of kernels: all of them compile for every GPU that is supported.
+pub fn modules() -> Vec<&'static Module> {
+    vec![]
+}
