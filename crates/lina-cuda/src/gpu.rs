@@ -3,40 +3,29 @@
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute as Attribute, CUmodule};
+use cudarc::driver::sys;
 
 use crate::buffer::{Buffer, DType, Element, Slice, SliceMut};
-use crate::compile::{Module, compile_cached};
+use crate::compile::Module;
 use crate::device::Device;
 use crate::error::{CudaError, check};
 use crate::event::Event;
+use crate::kernel::{Kernel, LoadedModule};
 use crate::launch::{Arg, LaunchShape};
 use crate::matmul::Blas;
 use crate::staging::Staging;
 use crate::stream::{Priority, Stream};
 
-/// Shared memory that a kernel may have without asking for more.
-const SHARED_BYTES: u32 = 48 << 10;
-
-/// A kernel, and the dynamic shared memory that it may have.
-#[derive(Clone, Copy)]
-struct Kernel {
-    function: CUfunction,
-    shared_bytes: u32,
-}
-
 /// A GPU as one thread of a rank uses it: everything is enqueued on one stream.
 pub struct Gpu {
     stream: Stream,
     staging: RefCell<Staging>,
-    modules: RefCell<HashMap<&'static str, CUmodule>>,
+    modules: RefCell<HashMap<&'static str, Arc<LoadedModule>>>,
     kernels: RefCell<HashMap<(&'static str, String), Kernel>>,
     blas: OnceCell<Blas>,
 }
-
-// SAFETY: CUDA's handles may be used from any thread, and `Gpu` is used from one at a time.
-unsafe impl Send for Gpu {}
 
 impl Gpu {
     /// The visible GPU number `ordinal`, with a stream of its own.
@@ -62,6 +51,11 @@ impl Gpu {
     /// The compute stream.
     pub fn stream(&self) -> &Stream {
         &self.stream
+    }
+
+    /// The GPU's number among the visible ones.
+    pub fn ordinal(&self) -> usize {
+        self.device().facts().ordinal
     }
 
     /// Number of multiprocessors.
@@ -203,28 +197,31 @@ impl Gpu {
         if shape.grid.contains(&0) {
             return Ok(());
         }
-        self.device().bind()?;
-        let function = self.kernel(module, kernel, shape.shared_bytes)?;
-        let mut words = [0u64; MAX_ARGS];
-        let mut addresses = [std::ptr::null_mut(); MAX_ARGS];
-        assert!(args.len() <= MAX_ARGS, "a kernel has at most {MAX_ARGS} arguments");
-        for ((arg, word), address) in args.iter().zip(&mut words).zip(&mut addresses) {
-            *address = arg.address(word);
-        }
-        let [x, y, z] = shape.grid;
-        // SAFETY: the function lives with its module, and the addresses are of as many arguments, which the caller gives the
-        // types that the kernel declares; kernels keep within the views that they are given.
-        check("cuLaunchKernel", unsafe {
-            let stream = self.stream.raw();
-            let args = addresses.as_mut_ptr();
-            sys::cuLaunchKernel(function, x, y, z, shape.block, 1, 1, shape.shared_bytes, stream, args, std::ptr::null_mut())
-        })
-        .map_err(|error| match error {
-            CudaError::Call { call, reason } => {
-                CudaError::Call { call, reason: format!("{reason} (kernel {kernel}, {shape:?})") }
+        let mut kernels = self.kernels.borrow_mut();
+        let kernel = match kernels.entry((module.name, kernel.to_owned())) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(self.kernel(module, kernel)?),
+        };
+        kernel.allow_shared(shape.shared_bytes)?;
+        kernel.launch(&self.stream, shape, args)
+    }
+
+    /// A kernel of `module`, to launch it on other streams.
+    ///
+    /// # Errors
+    /// If the module does not compile, or the device has failed.
+    ///
+    /// # Panics
+    /// If the module has no such kernel.
+    pub fn kernel(&self, module: &'static Module, name: &str) -> Result<Kernel, CudaError> {
+        let mut modules = self.modules.borrow_mut();
+        let loaded = match modules.entry(module.name) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                entry.insert(Arc::new(LoadedModule::new(self.device(), module, &self.architecture())?))
             }
-            error => error,
-        })
+        };
+        Kernel::new(loaded, name)
     }
 
     /// The products of cuBLASLt.
@@ -235,57 +232,11 @@ impl Gpu {
         let blas = Blas::new(&self.stream)?;
         Ok(self.blas.get_or_init(|| blas))
     }
-
-    fn kernel(&self, module: &'static Module, name: &str, shared_bytes: u32) -> Result<CUfunction, CudaError> {
-        let mut kernels = self.kernels.borrow_mut();
-        let kernel = match kernels.entry((module.name, name.to_owned())) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
-                let loaded = self.module(module)?;
-                let symbol = std::ffi::CString::new(name).expect("kernels' names have no null bytes");
-                let mut function = std::ptr::null_mut();
-                // SAFETY: the module is loaded and the name ends in a null byte.
-                let code = unsafe { sys::cuModuleGetFunction(&mut function, loaded, symbol.as_ptr()) };
-                assert_ne!(code, sys::CUresult::CUDA_ERROR_NOT_FOUND, "module {} has kernel {name}", module.name);
-                check("cuModuleGetFunction", code)?;
-                entry.insert(Kernel { function, shared_bytes: SHARED_BYTES })
-            }
-        };
-        if shared_bytes > kernel.shared_bytes {
-            let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function lives.
-            check("cuFuncSetAttribute", unsafe {
-                sys::cuFuncSetAttribute(kernel.function, attribute, shared_bytes as i32)
-            })?;
-            kernel.shared_bytes = shared_bytes;
-        }
-        Ok(kernel.function)
-    }
-
-    fn module(&self, module: &'static Module) -> Result<CUmodule, CudaError> {
-        if let Some(&loaded) = self.modules.borrow().get(module.name) {
-            return Ok(loaded);
-        }
-        let cubin = compile_cached(module, &self.architecture())?;
-        let mut loaded = std::ptr::null_mut();
-        // SAFETY: the image is what NVRTC made, whole.
-        check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut loaded, cubin.as_ptr().cast()) })?;
-        self.modules.borrow_mut().insert(module.name, loaded);
-        Ok(loaded)
-    }
 }
-
-/// Most arguments of a kernel.
-const MAX_ARGS: usize = 32;
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        // Kernels under way still use their modules.
-        if self.stream.synchronize().is_ok() {
-            for (_, module) in self.modules.get_mut().drain() {
-                // SAFETY: loaded once, and nothing of it runs any more.
-                let _ = unsafe { sys::cuModuleUnload(module) };
-            }
-        }
+        // Kernels under way still use what is dropped now; a failure has been told to whoever waited for them.
+        let _ = self.stream.synchronize();
     }
 }

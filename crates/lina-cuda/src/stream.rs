@@ -69,6 +69,14 @@ impl Stream {
         self.0.stream
     }
 
+    /// A new event of the device.
+    ///
+    /// # Errors
+    /// If CUDA makes none.
+    pub fn event(&self) -> Result<Event, CudaError> {
+        Event::new(&self.0.device)
+    }
+
     /// Waits until everything enqueued has run.
     ///
     /// # Errors
