@@ -6,15 +6,50 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+#[cfg(feature = "nccl")]
+use lina_cuda::{Buffer, DType, Slice, SliceMut};
+
 /// Memory of a [`SharedBuffer`], also held by every operation in flight on it.
 #[derive(Debug)]
 pub(crate) struct Storage {
+    /// Where the elements are in the host's memory; null if they are in a device's.
     elements: *mut f32,
     len: usize,
     /// Elements handed to communication and not yet given back.
     in_flight: AtomicUsize,
-    /// Keeps foreign memory alive; `None` where the memory is this value's own.
-    foreign: Option<Box<dyn Any + Send + Sync>>,
+    memory: Memory,
+}
+
+/// Whose memory it is.
+#[derive(Debug)]
+enum Memory {
+    /// The storage's own: a boxed slice that was taken apart.
+    Own,
+    /// Somebody else's, whom this keeps.
+    Foreign(#[expect(dead_code, reason = "it is only kept")] Box<dyn Any + Send + Sync>),
+    /// A device's.
+    #[cfg(feature = "nccl")]
+    Device(Buffer),
+}
+
+impl Storage {
+    /// Where element `index` is in the host's memory.
+    ///
+    /// # Panics
+    /// If the memory is a device's.
+    fn on_host(&self, index: usize) -> *mut f32 {
+        assert!(!self.elements.is_null(), "the buffer is in a device's memory");
+        assert!(index <= self.len);
+        // SAFETY: within the buffer, or one past its end.
+        unsafe { self.elements.add(index) }
+    }
+
+    /// Where element `index` is in the device's memory; `None` if the memory is the host's.
+    #[cfg(feature = "nccl")]
+    fn on_device(&self, index: usize) -> Option<u64> {
+        let Memory::Device(buffer) = &self.memory else { return None };
+        Some(buffer.whole().ptr() + (index * size_of::<f32>()) as u64)
+    }
 }
 
 // SAFETY: the pointer is to memory that this value owns or keeps alive; who may touch which range at what time is kept by
@@ -25,7 +60,7 @@ unsafe impl Sync for Storage {}
 
 impl Drop for Storage {
     fn drop(&mut self) {
-        if self.foreign.is_some() {
+        if !matches!(self.memory, Memory::Own) {
             return;
         }
         // SAFETY: `elements` and `len` are those of the boxed slice that `SharedBuffer::zeros` took apart, and the
@@ -49,9 +84,22 @@ impl SharedBuffer {
     pub fn zeros(len: usize) -> Self {
         let elements = Box::into_raw(vec![0.0f32; len].into_boxed_slice()).cast::<f32>();
         SharedBuffer {
-            storage: Arc::new(Storage { elements, len, in_flight: AtomicUsize::new(0), foreign: None }),
+            storage: Arc::new(Storage { elements, len, in_flight: AtomicUsize::new(0), memory: Memory::Own }),
             lent: Vec::with_capacity(64),
         }
+    }
+
+    /// The elements of `buffer`, which [`device_range`](Self::device_range) and
+    /// [`device_range_mut`](Self::device_range_mut) give access to.
+    ///
+    /// # Panics
+    /// If it is not of f32.
+    #[cfg(feature = "nccl")]
+    pub fn on_device(buffer: Buffer) -> Self {
+        assert_eq!(buffer.dtype(), DType::F32, "gradients are summed as f32");
+        let (elements, len) = (std::ptr::null_mut(), buffer.len());
+        let storage = Storage { elements, len, in_flight: AtomicUsize::new(0), memory: Memory::Device(buffer) };
+        SharedBuffer { storage: Arc::new(storage), lent: Vec::with_capacity(64) }
     }
 
     /// The `len` elements at `elements`, which belong to somebody else: a framework's gradient buffer, say. `owner`
@@ -61,7 +109,7 @@ impl SharedBuffer {
     /// The memory must be valid for reads and writes of `len` initialised `f32` for as long as `owner` lives, and
     /// must not be touched from elsewhere while this handle borrows it or a range of it is in flight.
     pub unsafe fn from_foreign(elements: *mut f32, len: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
-        let storage = Storage { elements, len, in_flight: AtomicUsize::new(0), foreign: Some(owner) };
+        let storage = Storage { elements, len, in_flight: AtomicUsize::new(0), memory: Memory::Foreign(owner) };
         SharedBuffer { storage: Arc::new(storage), lent: Vec::with_capacity(64) }
     }
 
@@ -78,21 +126,45 @@ impl SharedBuffer {
     /// Elements of `range`.
     ///
     /// # Panics
-    /// If the range is out of bounds or in flight.
+    /// If the range is out of bounds or in flight, or the memory a device's.
     pub fn range(&self, range: Range<usize>) -> &[f32] {
         self.check(&range);
         // SAFETY: in bounds and not in flight, so that only this owner can reach it, and `&self` keeps it shared.
-        unsafe { std::slice::from_raw_parts(self.storage.elements.add(range.start), range.len()) }
+        unsafe { std::slice::from_raw_parts(self.storage.on_host(range.start), range.len()) }
     }
 
     /// Elements of `range`, to write.
     ///
     /// # Panics
-    /// If the range is out of bounds or in flight.
+    /// If the range is out of bounds or in flight, or the memory a device's.
     pub fn range_mut(&mut self, range: Range<usize>) -> &mut [f32] {
         self.check(&range);
         // SAFETY: in bounds and not in flight, so that only this owner can reach it, and `&mut self` keeps it unique.
-        unsafe { std::slice::from_raw_parts_mut(self.storage.elements.add(range.start), range.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.storage.on_host(range.start), range.len()) }
+    }
+
+    /// Elements of `range`, on the device.
+    ///
+    /// # Panics
+    /// If the range is out of bounds or in flight, or the memory the host's.
+    #[cfg(feature = "nccl")]
+    pub fn device_range(&self, range: Range<usize>) -> Slice<'_> {
+        self.check(&range);
+        let address = self.storage.on_device(range.start).expect("the buffer is in the host's memory");
+        // SAFETY: in bounds and not in flight, so that only this owner can reach it, and `&self` keeps it shared.
+        unsafe { Slice::from_raw(address, range.len(), DType::F32) }
+    }
+
+    /// Elements of `range`, to write, on the device.
+    ///
+    /// # Panics
+    /// If the range is out of bounds or in flight, or the memory the host's.
+    #[cfg(feature = "nccl")]
+    pub fn device_range_mut(&mut self, range: Range<usize>) -> SliceMut<'_> {
+        self.check(&range);
+        let address = self.storage.on_device(range.start).expect("the buffer is in the host's memory");
+        // SAFETY: in bounds and not in flight, so that only this owner can reach it, and `&mut self` keeps it unique.
+        unsafe { SliceMut::from_raw(address, range.len(), DType::F32) }
     }
 
     /// Lends `range` to communication.
@@ -132,25 +204,34 @@ impl Region {
     /// Elements of the region.
     pub(crate) fn as_slice(&self) -> &[f32] {
         // SAFETY: the range is in flight, so the owner keeps off it, and this region is its only other handle.
-        unsafe { std::slice::from_raw_parts(self.storage.elements.add(self.range.start), self.range.len()) }
+        unsafe { std::slice::from_raw_parts(self.storage.on_host(self.range.start), self.range.len()) }
     }
 
     /// Elements of the region, to write.
     pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
         // SAFETY: as in `as_slice`, and `&mut self` keeps it unique.
-        unsafe { std::slice::from_raw_parts_mut(self.storage.elements.add(self.range.start), self.range.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.storage.on_host(self.range.start), self.range.len()) }
     }
 
     /// Address of element `index`, for engines that hand parts of the region to somebody else.
     #[cfg(feature = "mpi")]
     pub(crate) fn address(&mut self, index: usize) -> *mut f32 {
         assert!(index <= self.range.len());
-        // SAFETY: within the buffer, or one past its end.
-        unsafe { self.storage.elements.add(self.range.start + index) }
+        self.storage.on_host(self.range.start + index)
     }
 
-    /// Appends the region that follows this one in the same buffer. Returns it if it does not follow.
+    /// Address of the first element in the device's memory; `None` if the memory is the host's.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn device_address(&self) -> Option<u64> {
+        self.storage.on_device(self.range.start)
+    }
+
+    /// Appends the region that follows this one in the same buffer. Returns it if it does not follow, or if it is a
+    /// device's: NCCL sums region by region, and what follows what in memory may differ between ranks.
     pub(crate) fn join(&mut self, mut next: Region) -> Result<(), Region> {
+        if self.storage.elements.is_null() {
+            return Err(next);
+        }
         if !Arc::ptr_eq(&self.storage, &next.storage) || self.range.end != next.range.start {
             return Err(next);
         }

@@ -7,6 +7,11 @@ use lina_plan::{GapPlan, GapTimings, GroupId, LinkUse, MoeShape, Nanos, PolicyRu
 
 use crate::buffer::Region;
 use crate::copies::{CopyDirection, CopyLanes, CopyTicket, CopyTimes, HostCopy};
+#[cfg(feature = "nccl")]
+use crate::device::DeviceClock;
+use crate::exchange::AnyExchange;
+#[cfg(feature = "nccl")]
+use crate::exchange::DeviceExchange;
 use crate::solo::Solo;
 use crate::stats::StepStats;
 use crate::{CommError, Exchange, SharedBuffer, Span, Work};
@@ -36,7 +41,7 @@ pub(crate) enum Submission {
     /// A micro-batch begins; only the last one of a step reduces its gradients.
     BeginMicroBatch { last: bool },
     /// One all-to-all micro-op.
-    AllToAll(Exchange),
+    AllToAll(AnyExchange),
     /// A gradient is ready.
     Gradient { group: GroupId, elements: usize, region: Option<Region> },
     /// No more all-to-alls and gradients in this step.
@@ -53,12 +58,15 @@ pub(crate) trait Port: Send {
     fn work(&mut self, work: Work) -> Result<(), CommError>;
     /// Ends the announced computation; when that was.
     fn end_work(&mut self) -> Nanos;
+    /// From now on computation is a GPU's: it has happened when its stream has come as far.
+    #[cfg(feature = "nccl")]
+    fn set_device(&mut self, clock: DeviceClock);
     /// Notes a copy that runs beside everything else.
     fn copied(&mut self, copy: &HostCopy, times: CopyTimes);
     /// Waits for the moment at which copies end.
     fn wait_copies(&mut self, end: Nanos) -> Result<(), CommError>;
     fn submit(&mut self, submission: Submission) -> Result<(), CommError>;
-    fn wait_all_to_all(&mut self, index: u32) -> Result<Exchange, CommError>;
+    fn wait_all_to_all(&mut self, index: u32) -> Result<AnyExchange, CommError>;
     /// Waits for every gradient of the step.
     fn wait_gradients(&mut self) -> Result<(), CommError>;
     fn wait_control(&mut self) -> Result<Vec<f64>, CommError>;
@@ -150,6 +158,16 @@ impl Comm {
         self.port.now()
     }
 
+    /// From now on computation is what the stream of `clock` is given: it is timed there, and exchanges and gradients of
+    /// device memory are handed over while they are still being computed. Comes before the first step.
+    ///
+    /// # Panics
+    /// On the emulated cluster, whose time is not a device's.
+    #[cfg(feature = "nccl")]
+    pub fn set_device(&mut self, clock: DeviceClock) {
+        self.port.set_device(clock);
+    }
+
     /// Announces the computation that follows, until the next call on this handle.
     ///
     /// # Errors
@@ -195,6 +213,23 @@ impl Comm {
     /// # Panics
     /// If the exchange's counts and buffers contradict each other.
     pub fn all_to_all(&mut self, exchange: Exchange) -> Result<Ticket, CommError> {
+        self.exchange(AnyExchange::Host(exchange))
+    }
+
+    /// As [`all_to_all`](Self::all_to_all), on device memory; give the ticket to
+    /// [`wait_on_device`](Self::wait_on_device). What is sent may still be being computed.
+    ///
+    /// # Errors
+    /// If the job has failed elsewhere.
+    ///
+    /// # Panics
+    /// If the exchange's counts and buffers contradict each other.
+    #[cfg(feature = "nccl")]
+    pub fn all_to_all_on_device(&mut self, exchange: DeviceExchange) -> Result<Ticket, CommError> {
+        self.exchange(AnyExchange::Device(exchange))
+    }
+
+    fn exchange(&mut self, exchange: AnyExchange) -> Result<Ticket, CommError> {
         exchange.check(self.ranks);
         self.port.submit(Submission::AllToAll(exchange))?;
         self.all_to_alls += 1;
@@ -209,7 +244,25 @@ impl Comm {
     pub fn wait(&mut self, ticket: Ticket) -> Result<Exchange, CommError> {
         let exchange = self.port.wait_all_to_all(ticket.0)?;
         self.unclaimed -= 1;
-        Ok(exchange)
+        Ok(exchange.into_host())
+    }
+
+    /// Waits for an all-to-all of device memory and returns its buffers: the received part is complete, whatever is
+    /// enqueued from here on sees it.
+    ///
+    /// # Errors
+    /// If a rank fails or falls silent.
+    ///
+    /// # Panics
+    /// If the ticket is of an all-to-all of host memory.
+    #[cfg(feature = "nccl")]
+    pub fn wait_on_device(&mut self, ticket: Ticket) -> Result<DeviceExchange, CommError> {
+        let exchange = self.port.wait_all_to_all(ticket.0)?;
+        self.unclaimed -= 1;
+        match exchange {
+            AnyExchange::Device(exchange) => Ok(exchange),
+            AnyExchange::Host(exchange) => panic!("{} is of host memory", exchange.kind),
+        }
     }
 
     /// Hands over a finished gradient to be summed over its group, in rank order; returns at once. Before the last

@@ -5,15 +5,15 @@ use std::collections::VecDeque;
 
 use lina_plan::{GroupId, Launch, Nanos, Route, Sequencer};
 
-use crate::Exchange;
 use crate::buffer::Region;
 use crate::comm::Submission;
+use crate::exchange::AnyExchange;
 use crate::wire::Channel;
 
 /// An operation that the engine is to start now. Operations of one class complete in the order of their launch.
 #[derive(Debug)]
 pub(crate) enum Operation {
-    AllToAll { index: u32, exchange: Exchange, route: Route },
+    AllToAll { index: u32, exchange: AnyExchange, route: Route },
     AllReduce(Reduction),
     Control(Vec<f64>),
 }
@@ -83,7 +83,7 @@ struct Pending {
 #[derive(Debug, Default)]
 pub(crate) struct Driver {
     sequencer: Sequencer,
-    exchanges: VecDeque<Exchange>,
+    exchanges: VecDeque<AnyExchange>,
     gradients: Vec<VecDeque<Pending>>,
     control: Option<Vec<f64>>,
     step: u64,
@@ -108,7 +108,7 @@ impl Driver {
             }
             Submission::BeginMicroBatch { last } => self.sequencer.begin_micro_batch(last),
             Submission::AllToAll(exchange) => {
-                self.sequencer.all_to_all_submitted(now, &exchange.kind);
+                self.sequencer.all_to_all_submitted(now, &exchange.kind());
                 self.exchanges.push_back(exchange);
             }
             Submission::Gradient { group, elements, region } => {

@@ -21,7 +21,10 @@ use crate::bound::{ProgramOp, StepBound, makespan};
 use crate::comm::{Port, Submission};
 use crate::copies::{CopyTimes, HostCopy};
 use crate::delay::Delays;
+#[cfg(feature = "nccl")]
+use crate::device::DeviceClock;
 use crate::driver::{Driver, Operation, Reduction};
+use crate::exchange::AnyExchange;
 use crate::transfer::{check_exchanges, check_reductions, exchange_all, sum_control, sum_pieces};
 use crate::wire::{Channel, CollectiveId, Completion, Shape, Wire};
 use crate::{Comm, CommError, Exchange, Lane, Span, StepStats, Work, WorkKind};
@@ -152,7 +155,7 @@ struct RankState {
     driver: Driver,
     inbox: VecDeque<(Nanos, Submission)>,
     /// All-to-alls that are done and not yet waited for.
-    exchanges: VecDeque<(Nanos, u32, Exchange)>,
+    exchanges: VecDeque<(Nanos, u32, AnyExchange)>,
     control: Option<(Nanos, Vec<f64>)>,
     step: u64,
     /// The way of the step's all-to-alls.
@@ -340,6 +343,7 @@ impl State {
             let (id, payload) = match operation {
                 None => break,
                 Some(Operation::AllToAll { index, exchange, route }) => {
+                    let exchange = exchange.into_host();
                     let bytes_to: Vec<u64> =
                         exchange.send_elements.iter().map(|n| (n * size_of::<f32>()) as u64).collect();
                     let shape = Shape::AllToAll { bytes_to: &bytes_to, route };
@@ -391,7 +395,8 @@ impl State {
                 exchange_all(&mut exchanges);
                 for (rank, (index, exchange)) in indices.into_iter().zip(exchanges).enumerate() {
                     let state = &mut self.ranks[rank];
-                    let kind = exchange.kind;
+                    let exchange = AnyExchange::Host(exchange);
+                    let kind = exchange.kind();
                     let bytes = exchange.sent_bytes(rank);
                     state.stats.exchanged(&kind, end - begin, alone, bytes);
                     let part = (kind.chunk, kind.chunks);
@@ -566,6 +571,11 @@ impl Port for EmulatedPort {
         self.now()
     }
 
+    #[cfg(feature = "nccl")]
+    fn set_device(&mut self, _clock: DeviceClock) {
+        panic!("the emulated cluster computes on no device");
+    }
+
     fn copied(&mut self, copy: &HostCopy, times: CopyTimes) {
         let CopyTimes { start, end } = times;
         let mut state = self.shared.lock();
@@ -597,7 +607,7 @@ impl Port for EmulatedPort {
                 }
                 Submission::Flush => state.gradients_done = None,
                 Submission::AllToAll(exchange) => state.program.push(ProgramOp::Submit(
-                    exchange.send_elements.iter().map(|n| (n * size_of::<f32>()) as u64).collect(),
+                    exchange.send_elements().iter().map(|n| (n * size_of::<f32>()) as u64).collect(),
                     state.route,
                 )),
                 Submission::Gradient { group, elements, .. } => {
@@ -610,7 +620,7 @@ impl Port for EmulatedPort {
         })
     }
 
-    fn wait_all_to_all(&mut self, index: u32) -> Result<Exchange, CommError> {
+    fn wait_all_to_all(&mut self, index: u32) -> Result<AnyExchange, CommError> {
         self.wait(Awaited::AllToAll(index))?;
         let mut state = self.shared.lock();
         let state = &mut state.ranks[self.rank];

@@ -7,6 +7,7 @@
 //! - [`emulated`]: threads of one process on *virtual* time; real data, emulated compute rate and links;
 //! - [`local`]: threads of one process at full speed, one communication thread a rank;
 //! - `mpi` (with the feature of this name): a process a rank, on any MPI;
+//! - `nccl` (with the feature of this name): a process a rank, on GPUs;
 //! - [`Comm::solo`]: one rank, nothing to exchange.
 //!
 //! The crate knows nothing of models: any program can hand it buffers and gradients (see `examples/own_buffers.rs`).
@@ -16,6 +17,8 @@ mod buffer;
 mod comm;
 mod copies;
 mod delay;
+#[cfg(feature = "nccl")]
+mod device;
 mod driver;
 pub mod emulated;
 mod error;
@@ -23,6 +26,10 @@ mod exchange;
 pub mod local;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+#[cfg(feature = "nccl")]
+pub mod nccl;
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+mod processes;
 mod recorder;
 mod solo;
 mod stats;
@@ -37,7 +44,11 @@ pub use buffer::SharedBuffer;
 pub use comm::{Comm, GradientRegion, Ticket};
 pub use copies::{CopyDirection, CopyTicket, HostCopy};
 pub use delay::Delays;
+#[cfg(feature = "nccl")]
+pub use device::DeviceClock;
 pub use error::CommError;
+#[cfg(feature = "nccl")]
+pub use exchange::DeviceExchange;
 pub use exchange::Exchange;
 pub use lina_plan::{AllToAllKind, Direction, GroupId, Leg, MoeShape, Nanos, WeightGradients};
 pub use stats::StepStats;

@@ -14,6 +14,7 @@ use lina_plan::{GroupId, Launch, PolicyRules, share_range};
 
 use crate::delay::Delays;
 use crate::driver::{Operation, Reduction};
+use crate::exchange::AnyExchange;
 use crate::threaded::{Engine, Finished, Mailbox, ThreadConfig, ThreadedPort};
 use crate::transfer::{check_exchanges, check_reductions, receive, sum_control, sum_pieces};
 use crate::wire::{CHANNELS, Channel, CollectiveId};
@@ -45,11 +46,18 @@ impl LocalJob {
     /// # Errors
     /// If a thread cannot be started.
     pub fn start(config: LocalConfig, rules: PolicyRules) -> io::Result<(LocalJob, Vec<Comm>)> {
+        let (ranks, groups) = (config.ranks, config.groups.clone());
+        let (job, ports) = LocalJob::ports(config)?;
+        let comm = |(rank, port)| Comm::new(Box::new(port), rank, ranks, rules, &groups);
+        Ok((job, ports.into_iter().enumerate().map(comm).collect()))
+    }
+
+    fn ports(config: LocalConfig) -> io::Result<(LocalJob, Vec<ThreadedPort>)> {
         let mailboxes: Arc<Vec<Arc<Mailbox>>> = Arc::new((0..config.ranks).map(|_| Arc::new(Mailbox::new())).collect());
         let groups = Arc::new(config.groups);
         let hub = Arc::new(Hub { state: Mutex::default(), mailboxes: Arc::clone(&mailboxes), timeout: config.timeout });
         let epoch = Instant::now();
-        let mut comms = Vec::with_capacity(config.ranks);
+        let mut ports = Vec::with_capacity(config.ranks);
         for rank in 0..config.ranks {
             let thread = ThreadConfig {
                 rank,
@@ -66,10 +74,9 @@ impl LocalJob {
                 under_way: Default::default(),
             };
             let engine = move || Ok(engine);
-            let port = ThreadedPort::start(thread, Arc::clone(&mailboxes[rank]), engine)?;
-            comms.push(Comm::new(Box::new(port), rank, config.ranks, rules, &groups));
+            ports.push(ThreadedPort::start(thread, Arc::clone(&mailboxes[rank]), engine)?);
         }
-        Ok((LocalJob { mailboxes }, comms))
+        Ok((LocalJob { mailboxes }, ports))
     }
 
     /// Takes each rank's launches, with their step, in order.
@@ -260,7 +267,7 @@ impl Collective {
             match operation {
                 Operation::AllToAll { index, exchange, .. } => {
                     self.indices.push(index);
-                    exchanges.push(exchange);
+                    exchanges.push(exchange.into_host());
                 }
                 Operation::AllReduce(reduction) => reductions.push((rank, reduction)),
                 Operation::Control(values) => controls.push((rank, values)),
@@ -308,7 +315,7 @@ impl Collective {
             self.results = (exchanges.into_iter().zip(receives).zip(&self.indices))
                 .map(|((mut exchange, (_, recv)), &index)| {
                     exchange.recv = recv;
-                    Some(Finished::AllToAll { index, exchange })
+                    Some(Finished::AllToAll { index, exchange: AnyExchange::Host(exchange) })
                 })
                 .collect();
         } else {
@@ -372,5 +379,130 @@ impl Drop for LocalEngine {
     fn drop(&mut self) {
         self.hub.lock().gone.insert(self.rank);
         self.hub.poke_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lina_plan::{AllToAllKind, Direction, Leg, Policy, PolicySettings};
+
+    use super::*;
+    use crate::threaded::Ready;
+    use crate::{GradientRegion, SharedBuffer};
+
+    const RANKS: usize = 3;
+    const GRADIENT: usize = 500;
+
+    /// What is ready at a moment, and not before.
+    struct ReadyAt(Instant);
+
+    impl Ready for ReadyAt {
+        fn is_ready(&mut self) -> Result<bool, String> {
+            Ok(Instant::now() >= self.0)
+        }
+    }
+
+    struct Broken;
+
+    impl Ready for Broken {
+        fn is_ready(&mut self) -> Result<bool, String> {
+            Err("its device is lost".to_owned())
+        }
+    }
+
+    fn ports() -> (LocalJob, Vec<ThreadedPort>, Vec<Vec<usize>>) {
+        let groups = vec![(0..RANKS).collect(), vec![0, 2]];
+        let timeout = Duration::from_secs(20);
+        let config = LocalConfig { ranks: RANKS, groups: groups.clone(), timeout, delays: None, log_launches: true };
+        let (job, ports) = LocalJob::ports(config).unwrap();
+        (job, ports, groups)
+    }
+
+    fn rules(policy: Policy) -> PolicyRules {
+        let settings = PolicySettings { bucket_bytes: 2000, partition_bytes: 700, ..PolicySettings::default() };
+        PolicyRules::new(policy, &settings)
+    }
+
+    fn program(comm: &mut Comm, ready: &Mutex<Instant>) -> Result<(), CommError> {
+        let me = comm.rank();
+        let mut gradients = [(); 2].map(|()| SharedBuffer::zeros(3 * GRADIENT));
+        for step in 0..12 {
+            comm.begin_step(step)?;
+            comm.begin_micro_batch(true)?;
+            for layer in (0..3).rev() {
+                for leg in [Leg::Dispatch, Leg::Combine] {
+                    let kind = AllToAllKind { direction: Direction::Backward, leg, layer, chunk: 0, chunks: 1 };
+                    let elements = vec![40; RANKS];
+                    let (send, recv) = (vec![me as f32; 40 * RANKS], vec![-1.0; 40 * RANKS]);
+                    let exchange =
+                        Exchange { kind, send, send_elements: elements.clone(), recv, recv_elements: elements };
+                    let ticket = comm.all_to_all(exchange)?;
+                    let exchange = comm.wait(ticket)?;
+                    assert!(Instant::now() >= *ready.lock().unwrap(), "nothing is sent before it is ready");
+                    assert!(exchange.recv.chunks(40).enumerate().all(|(from, piece)| piece == [from as f32; 40]));
+                }
+                for (group, buffer) in gradients.iter_mut().enumerate() {
+                    let range = layer as usize * GRADIENT..(layer as usize + 1) * GRADIENT;
+                    let local = (group == 0 || me != 1).then(|| {
+                        buffer.range_mut(range.clone()).fill((me + 1) as f32);
+                        (buffer, range)
+                    });
+                    let group = GroupId(group as u32);
+                    comm.reduce_gradient(GradientRegion { group, elements: GRADIENT, local })?;
+                }
+            }
+            comm.finish_gradients()?;
+            assert!(Instant::now() >= *ready.lock().unwrap(), "a step ends when everything is ready");
+            for (buffer, sum) in gradients.iter().zip([6.0, if me == 1 { 0.0 } else { 4.0 }]) {
+                assert!(buffer.range(0..3 * GRADIENT).iter().all(|&x| x == sum));
+            }
+            comm.agree(&mut [1.0])?;
+            comm.end_step();
+        }
+        Ok(())
+    }
+
+    /// Submissions become ready in their order, at random moments: all ranks still launch the same in the same order.
+    #[test]
+    fn launches_are_in_one_order_whenever_data_is_ready() {
+        for (seed, policy) in Policy::ALL.into_iter().enumerate() {
+            let delays = Delays { seed: seed as u64, max_us: 400 };
+            let (job, ports, groups) = ports();
+            let threads: Vec<_> = (ports.into_iter().enumerate())
+                .map(|(rank, mut port)| {
+                    let ready = Arc::new(Mutex::new(Instant::now()));
+                    let (last, mut count) = (Arc::clone(&ready), 0);
+                    port.marks = Some(Box::new(move || {
+                        let mut last = last.lock().unwrap();
+                        count += 1;
+                        *last = Instant::now().max(*last) + Duration::from_nanos(delays.of(rank, count));
+                        Box::new(ReadyAt(*last))
+                    }));
+                    let mut comm = Comm::new(Box::new(port), rank, RANKS, rules(policy), &groups);
+                    std::thread::spawn(move || program(&mut comm, &ready))
+                })
+                .collect();
+            threads.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
+            let logs = job.launch_logs();
+            assert!(logs.iter().all(|log| *log == logs[0] && log.len() > 12 * 8), "{policy}: {logs:?}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_lost_is_a_failure_of_its_rank() {
+        let (_job, ports, groups) = ports();
+        let expected = CommError::RankFailed { rank: 1, reason: "its device is lost".to_owned() };
+        let threads: Vec<_> = (ports.into_iter().enumerate())
+            .map(|(rank, mut port)| {
+                if rank == 1 {
+                    port.marks = Some(Box::new(|| Box::new(Broken)));
+                }
+                let mut comm = Comm::new(Box::new(port), rank, RANKS, rules(Policy::Lina), &groups);
+                std::thread::spawn(move || program(&mut comm, &Mutex::new(Instant::now())))
+            })
+            .collect();
+        for thread in threads {
+            assert_eq!(thread.join().unwrap(), Err(expected.clone()));
+        }
     }
 }

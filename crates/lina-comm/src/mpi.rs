@@ -3,14 +3,12 @@
 //! The communication thread initialises MPI, owns every handle and finalises it (`handles`). Collectives are made of
 //! nonblocking messages in place: all-to-alls (`exchange`, `relay`) and direct reduce-scatters with all-gathers (`reduction`),
 //! summed in rank order, so that results are those of [`local`](crate::local) to the bit. Each class of operation has a
-//! communicator of its own, allreduces one for each group. `patience` says how MPI is kept moving without taking a core
-//! from the computation, `heartbeat` finds ranks that have died or fallen silent, `start` how ranks meet.
+//! communicator of its own, allreduces one for each group. How ranks meet, how MPI is kept moving without taking a core
+//! from the computation, and what finds ranks that have died or fallen silent is in `processes`.
 
 mod engine;
 mod exchange;
 mod handles;
-mod heartbeat;
-mod patience;
 mod reduction;
 mod relay;
 mod start;
@@ -22,14 +20,13 @@ use std::time::{Duration, Instant};
 use lina_plan::{Launch, PolicyRules};
 use thiserror::Error;
 
+use crate::Comm;
 use crate::delay::Delays;
 use crate::threaded::{Mailbox, ThreadConfig, ThreadedPort, communicate};
-use crate::{Comm, CommError};
 use engine::MpiEngine;
 use start::Started;
 
-/// Says why the job has failed and ends the process, which a launcher would otherwise kill before it has spoken.
-pub type LastWords = fn(&CommError);
+pub use crate::processes::LastWords;
 
 /// What an MPI job is made of.
 #[derive(Clone, Debug)]

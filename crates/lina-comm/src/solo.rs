@@ -1,4 +1,5 @@
-//! One rank on its own: what it exchanges with itself is moved, what it reduces is already summed.
+//! One rank on its own: what it exchanges with itself is moved, what it reduces is already summed. With a GPU, all in the
+//! order of its compute stream.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -7,13 +8,16 @@ use lina_plan::{GapTimings, Nanos};
 
 use crate::comm::{Port, Submission};
 use crate::copies::{CopyTimes, HostCopy};
+#[cfg(feature = "nccl")]
+use crate::device::DeviceClock;
+use crate::exchange::AnyExchange;
 use crate::recorder::ComputeClock;
-use crate::{CommError, Exchange, Span, StepStats, Work};
+use crate::{CommError, Span, StepStats, Work};
 
 pub(crate) struct Solo {
     clock: ComputeClock,
     /// Done at once and not yet waited for, by number within the step.
-    exchanges: VecDeque<(u32, Exchange)>,
+    exchanges: VecDeque<(u32, AnyExchange)>,
     submitted: u32,
     control: Vec<f64>,
 }
@@ -22,6 +26,27 @@ impl Solo {
     pub(crate) fn new() -> Self {
         let clock = ComputeClock::new(0, Instant::now());
         Solo { clock, exchanges: VecDeque::new(), submitted: 0, control: Vec::new() }
+    }
+
+    /// Fills the received part.
+    fn receive(&mut self, exchange: &mut AnyExchange) {
+        match exchange {
+            AnyExchange::Host(exchange) => {
+                let n = exchange.send_elements[0];
+                assert_eq!(n, exchange.recv_elements[0], "a rank receives what it sends itself");
+                exchange.recv[..n].copy_from_slice(&exchange.send[..n]);
+            }
+            #[cfg(feature = "nccl")]
+            AnyExchange::Device(exchange) => {
+                assert_eq!(exchange.send_elements, exchange.recv_elements, "a rank receives what it sends itself");
+                if exchange.send.len() == exchange.recv.len() {
+                    std::mem::swap(&mut exchange.send, &mut exchange.recv);
+                } else {
+                    let n = exchange.send_elements[0];
+                    self.clock.copy(exchange.send.slice(0..n), exchange.recv.slice_mut(0..n));
+                }
+            }
+        }
     }
 }
 
@@ -32,12 +57,17 @@ impl Port for Solo {
 
     fn work(&mut self, work: Work) -> Result<(), CommError> {
         self.clock.begin_work(work);
-        Ok(())
+        self.clock.check()
     }
 
     fn end_work(&mut self) -> Nanos {
         self.clock.end_work();
         self.clock.now()
+    }
+
+    #[cfg(feature = "nccl")]
+    fn set_device(&mut self, clock: DeviceClock) {
+        self.clock.set_device(clock);
     }
 
     fn copied(&mut self, copy: &HostCopy, times: CopyTimes) {
@@ -57,9 +87,7 @@ impl Port for Solo {
                 self.clock.begin_step(step);
             }
             Submission::AllToAll(mut exchange) => {
-                let n = exchange.send_elements[0];
-                assert_eq!(n, exchange.recv_elements[0], "a rank receives what it sends itself");
-                exchange.recv[..n].copy_from_slice(&exchange.send[..n]);
+                self.receive(&mut exchange);
                 self.exchanges.push_back((self.submitted, exchange));
                 self.submitted += 1;
             }
@@ -69,10 +97,10 @@ impl Port for Solo {
             | Submission::Flush
             | Submission::Groups(_) => {}
         }
-        Ok(())
+        self.clock.check()
     }
 
-    fn wait_all_to_all(&mut self, index: u32) -> Result<Exchange, CommError> {
+    fn wait_all_to_all(&mut self, index: u32) -> Result<AnyExchange, CommError> {
         let position = self.exchanges.iter().position(|(done, _)| *done == index);
         let (_, exchange) = position.and_then(|i| self.exchanges.remove(i)).expect("a ticket is waited for once");
         Ok(exchange)
@@ -95,8 +123,7 @@ impl Port for Solo {
     }
 
     fn end_step(&mut self) -> StepStats {
-        self.clock.end_work();
-        self.clock.stats()
+        self.clock.end_step()
     }
 
     fn record(&mut self, on: bool) -> Vec<Span> {

@@ -3,6 +3,10 @@
 //!
 //! The communication thread owns the engine's handles, which need not be `Send`: a `Send` builder makes the engine
 //! on that thread. It sleeps whenever neither its compute thread nor its engine has news.
+//!
+//! A compute thread with a GPU hands over what its device has yet to compute. The communication thread takes submissions
+//! in their order and each only once its data is [`Ready`], so that the brain sees the same as on a processor, and nothing
+//! is ever launched that could not run.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,14 +19,17 @@ use lina_plan::{GapTimings, Launch, Nanos};
 use crate::comm::{Port, Submission};
 use crate::copies::{CopyTimes, HostCopy};
 use crate::delay::Delays;
+#[cfg(feature = "nccl")]
+use crate::device::DeviceClock;
 use crate::driver::{Driver, Operation, Reduction};
-use crate::recorder::ComputeClock;
+use crate::exchange::AnyExchange;
+use crate::recorder::{Awaited, ComputeClock};
 use crate::wire::{CHANNELS, Channel};
-use crate::{CommError, Exchange, Lane, Span, StepStats, Work};
+use crate::{CommError, Lane, Span, StepStats, Work};
 
 /// An operation that an engine has finished. Operations of one class finish in the order in which they were started.
 pub(crate) enum Finished {
-    AllToAll { index: u32, exchange: Exchange },
+    AllToAll { index: u32, exchange: AnyExchange },
     AllReduce(Reduction),
     Control(Vec<f64>),
 }
@@ -57,6 +64,21 @@ pub(crate) trait Engine {
     fn fail(&mut self, failure: CommError);
 }
 
+/// Whether what a submission is about has happened.
+pub(crate) trait Ready: Send {
+    /// Once true, it stays so.
+    ///
+    /// # Errors
+    /// Why it never will.
+    fn is_ready(&mut self) -> Result<bool, String>;
+}
+
+/// A submission on its way, with what must have happened before it counts.
+struct Posted {
+    submission: Submission,
+    ready: Option<Box<dyn Ready>>,
+}
+
 /// Where a rank's two threads meet.
 pub(crate) struct Mailbox {
     state: Mutex<Mail>,
@@ -66,12 +88,12 @@ pub(crate) struct Mailbox {
 
 #[derive(Default)]
 struct Mail {
-    submissions: VecDeque<Submission>,
+    submissions: VecDeque<Posted>,
     /// The engine has news for the communication thread.
     poked: bool,
     closed: bool,
     failing: Option<CommError>,
-    exchanges: VecDeque<(u32, Exchange)>,
+    exchanges: VecDeque<(u32, AnyExchange)>,
     gradients_finished: bool,
     control: Option<Vec<f64>>,
     failure: Option<CommError>,
@@ -126,7 +148,9 @@ pub(crate) struct ThreadedPort {
     rank: usize,
     delays: Option<Delays>,
     works: u64,
-    blocked: (Nanos, Nanos),
+    /// Makes marks as a device would: what is handed over is ready later.
+    #[cfg(test)]
+    pub(crate) marks: Option<Box<dyn FnMut() -> Box<dyn Ready> + Send>>,
 }
 
 impl ThreadedPort {
@@ -155,7 +179,16 @@ impl ThreadedPort {
         delays: Option<Delays>,
     ) -> Self {
         let clock = ComputeClock::new(rank as u32, epoch);
-        ThreadedPort { mailbox, thread: Some(thread), clock, rank, delays, works: 0, blocked: (0, 0) }
+        ThreadedPort {
+            mailbox,
+            thread: Some(thread),
+            clock,
+            rank,
+            delays,
+            works: 0,
+            #[cfg(test)]
+            marks: None,
+        }
     }
 
     /// The same port on an emulated device of that rate, if one is given.
@@ -167,15 +200,65 @@ impl ThreadedPort {
         self
     }
 
-    /// Blocks until `ready` yields, and returns how long that took.
-    fn wait<R>(&mut self, mut ready: impl FnMut(&mut Mail) -> Option<R>) -> Result<(R, Nanos), CommError> {
+    /// What the compute thread knows of a step, with what the communication thread knows.
+    fn with_mail(&self, clock: StepStats) -> StepStats {
+        let StepStats {
+            step,
+            compute,
+            expert,
+            ffn,
+            ffn_micro_ops,
+            all_to_all_blocked,
+            all_reduce_blocked,
+            copy,
+            copy_blocked,
+            copy_bytes,
+            ..
+        } = clock;
+        StepStats {
+            step,
+            compute,
+            expert,
+            ffn,
+            ffn_micro_ops,
+            all_to_all_blocked,
+            all_reduce_blocked,
+            copy,
+            copy_blocked,
+            copy_bytes,
+            ..self.mailbox.lock().stats
+        }
+    }
+
+    /// Hands a submission over that counts once `ready` is.
+    fn post(&mut self, submission: Submission, ready: Option<Box<dyn Ready>>) -> Result<(), CommError> {
+        let mut mail = self.mailbox.lock();
+        if let Some(failure) = &mail.failure {
+            return Err(failure.clone());
+        }
+        if matches!(submission, Submission::BeginStep { .. }) {
+            mail.stats = StepStats::default();
+        }
+        if matches!(submission, Submission::Flush) {
+            mail.gradients_finished = false;
+        }
+        mail.submissions.push_back(Posted { submission, ready });
+        drop(mail);
+        self.mailbox.for_comm.notify_one();
+        Ok(())
+    }
+
+    /// Blocks until `ready` yields.
+    fn wait<R>(&mut self, awaited: Awaited, mut ready: impl FnMut(&mut Mail) -> Option<R>) -> Result<R, CommError> {
         self.clock.end_work();
+        self.clock.check()?;
         let start = self.clock.now();
         let mut mail = self.mailbox.lock();
         loop {
             if let Some(result) = ready(&mut mail) {
                 drop(mail);
-                return Ok((result, self.clock.now() - start));
+                self.clock.waited(awaited, start);
+                return Ok(result);
             }
             if let Some(failure) = &mail.failure {
                 return Err(failure.clone());
@@ -196,7 +279,7 @@ impl Port for ThreadedPort {
         if let Some(delays) = self.delays {
             std::thread::sleep(Duration::from_nanos(delays.of(self.rank, self.works)));
         }
-        Ok(())
+        self.clock.check()
     }
 
     fn end_work(&mut self) -> Nanos {
@@ -213,45 +296,43 @@ impl Port for ThreadedPort {
         Ok(())
     }
 
-    fn submit(&mut self, submission: Submission) -> Result<(), CommError> {
-        self.clock.end_work();
-        let mut mail = self.mailbox.lock();
-        if let Some(failure) = &mail.failure {
-            return Err(failure.clone());
-        }
-        if let Submission::BeginStep { step, .. } = submission {
-            self.clock.begin_step(step);
-            self.blocked = (0, 0);
-            mail.stats = StepStats::default();
-        }
-        if matches!(submission, Submission::Flush) {
-            mail.gradients_finished = false;
-        }
-        mail.submissions.push_back(submission);
-        drop(mail);
-        self.mailbox.for_comm.notify_one();
-        Ok(())
+    #[cfg(feature = "nccl")]
+    fn set_device(&mut self, clock: DeviceClock) {
+        self.clock.set_device(clock);
     }
 
-    fn wait_all_to_all(&mut self, index: u32) -> Result<Exchange, CommError> {
-        let (exchange, blocked) = self.wait(|mail| {
+    fn submit(&mut self, submission: Submission) -> Result<(), CommError> {
+        self.clock.end_work();
+        if let Submission::BeginStep { step, .. } = submission {
+            self.clock.begin_step(step);
+        }
+        // What the brain times happens when the device has come as far; the rest is of the host.
+        #[cfg(feature = "nccl")]
+        let ready = match submission {
+            Submission::Control(_) | Submission::Groups(_) => None,
+            _ => self.clock.mark(),
+        };
+        #[cfg(not(feature = "nccl"))]
+        let ready = None;
+        #[cfg(test)]
+        let ready = ready.or_else(|| self.marks.as_mut().map(|mark| mark()));
+        self.clock.check()?;
+        self.post(submission, ready)
+    }
+
+    fn wait_all_to_all(&mut self, index: u32) -> Result<AnyExchange, CommError> {
+        self.wait(Awaited::AllToAll, |mail| {
             let position = mail.exchanges.iter().position(|(done, _)| *done == index)?;
             mail.exchanges.remove(position).map(|(_, exchange)| exchange)
-        })?;
-        self.blocked.0 += blocked;
-        Ok(exchange)
+        })
     }
 
     fn wait_gradients(&mut self) -> Result<(), CommError> {
-        let ((), blocked) = self.wait(|mail| mail.gradients_finished.then_some(()))?;
-        self.blocked.1 += blocked;
-        Ok(())
+        self.wait(Awaited::AllReduce, |mail| mail.gradients_finished.then_some(()))
     }
 
     fn wait_control(&mut self) -> Result<Vec<f64>, CommError> {
-        let (sum, blocked) = self.wait(|mail| mail.control.take())?;
-        self.blocked.1 += blocked;
-        Ok(sum)
+        self.wait(Awaited::AllReduce, |mail| mail.control.take())
     }
 
     fn timings(&self) -> GapTimings {
@@ -259,27 +340,12 @@ impl Port for ThreadedPort {
     }
 
     fn stats(&self) -> StepStats {
-        let StepStats { step, compute, expert, ffn, ffn_micro_ops, copy, copy_blocked, copy_bytes, .. } =
-            self.clock.stats();
-        let (all_to_all_blocked, all_reduce_blocked) = self.blocked;
-        StepStats {
-            step,
-            compute,
-            expert,
-            ffn,
-            ffn_micro_ops,
-            all_to_all_blocked,
-            all_reduce_blocked,
-            copy,
-            copy_blocked,
-            copy_bytes,
-            ..self.mailbox.lock().stats
-        }
+        self.with_mail(self.clock.stats())
     }
 
     fn end_step(&mut self) -> StepStats {
-        self.clock.end_work();
-        self.stats()
+        let clock = self.clock.end_step();
+        self.with_mail(clock)
     }
 
     fn record(&mut self, on: bool) -> Vec<Span> {
@@ -322,13 +388,16 @@ struct CommThread<E> {
     driver: Driver,
     step: u64,
     finished: Vec<(Instant, Finished)>,
-    submissions: VecDeque<Submission>,
+    /// Handed over and not yet told to the brain.
+    submissions: VecDeque<Posted>,
     /// When each channel's last operation ended.
     channel_free: [Nanos; CHANNELS],
 }
 
 /// How often a communication thread looks after its peers while it waits for them.
 pub(crate) const LOOK_AROUND: Duration = Duration::from_millis(200);
+/// How often it looks whether the oldest submission is ready, at least.
+const LOOK_FOR_READY: Duration = Duration::from_micros(20);
 
 impl<E: Engine> CommThread<E> {
     fn new(config: ThreadConfig, mailbox: Arc<Mailbox>, engine: E) -> Self {
@@ -366,7 +435,10 @@ impl<E: Engine> CommThread<E> {
             if busy {
                 continue;
             }
-            let patience = self.engine.patience();
+            let mut patience = self.engine.patience();
+            if !self.submissions.is_empty() {
+                patience = patience.min(LOOK_FOR_READY);
+            }
             if patience.is_zero() {
                 std::thread::yield_now();
                 continue;
@@ -382,7 +454,7 @@ impl<E: Engine> CommThread<E> {
     fn round(&mut self) -> Option<bool> {
         let mut mail = self.mailbox.lock();
         mail.poked = false;
-        std::mem::swap(&mut self.submissions, &mut mail.submissions);
+        self.submissions.append(&mut mail.submissions);
         if let Some(failure) = mail.failing.take() {
             mail.failure = Some(failure.clone());
             drop(mail);
@@ -393,21 +465,8 @@ impl<E: Engine> CommThread<E> {
             return None;
         }
         drop(mail);
-        let started = Instant::now();
-        let mut busy = !self.submissions.is_empty();
-        while let Some(submission) = self.submissions.pop_front() {
-            if let Submission::BeginStep { step, .. } = submission {
-                self.step = step;
-            }
-            if let Submission::Groups(groups) = submission {
-                self.engine.set_groups(&groups);
-                self.config.groups = groups;
-                continue;
-            }
-            let now = self.now();
-            self.driver.submit(now, submission);
-        }
-        let mut deciding = started.elapsed();
+        let (taken, mut deciding) = self.take_submissions();
+        let mut busy = taken;
         self.launch();
         let mut finished = std::mem::take(&mut self.finished);
         let outcome = self.engine.poll(&mut finished);
@@ -421,19 +480,58 @@ impl<E: Engine> CommThread<E> {
         self.launch();
         let mut mail = self.mailbox.lock();
         mail.stats.deciding_wall += deciding.as_nanos() as Nanos;
-        if self.driver.gradients_finished() && !mail.gradients_finished && mail.submissions.is_empty() {
+        let all_taken = self.submissions.is_empty() && mail.submissions.is_empty();
+        let mut news = busy;
+        if self.driver.gradients_finished() && !mail.gradients_finished && all_taken {
             mail.gradients_finished = true;
             mail.timings = self.driver.timings();
+            news = true;
         }
         if self.config.log_launches {
             mail.log.extend(self.driver.take_log());
         }
         if let Err(failure) = outcome {
             mail.failure.get_or_insert(failure);
+            news = true;
         }
         drop(mail);
-        self.mailbox.for_compute.notify_all();
+        if news {
+            self.mailbox.for_compute.notify_all();
+        }
         Some(busy)
+    }
+
+    /// Tells the brain of the submissions that are ready, in their order. Returns whether there was one, and how long the
+    /// brain took.
+    fn take_submissions(&mut self) -> (bool, Duration) {
+        let (mut taken, mut deciding) = (false, Duration::ZERO);
+        while let Some(Posted { ready, .. }) = self.submissions.front_mut() {
+            match ready.as_mut().map_or(Ok(true), |ready| ready.is_ready()) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(reason) => {
+                    let failure = CommError::RankFailed { rank: self.config.rank, reason };
+                    self.mailbox.fail(failure.clone());
+                    self.engine.fail(failure);
+                    self.submissions.clear();
+                    break;
+                }
+            }
+            let Some(Posted { submission, .. }) = self.submissions.pop_front() else { break };
+            taken = true;
+            if let Submission::BeginStep { step, .. } = submission {
+                self.step = step;
+            }
+            if let Submission::Groups(groups) = submission {
+                self.engine.set_groups(&groups);
+                self.config.groups = groups;
+                continue;
+            }
+            let (now, started) = (self.now(), Instant::now());
+            self.driver.submit(now, submission);
+            deciding += started.elapsed();
+        }
+        (taken, deciding)
     }
 
     fn launch(&mut self) {
@@ -461,7 +559,7 @@ impl<E: Engine> CommThread<E> {
         let Mail { stats, spans, recording, exchanges, control, .. } = &mut *mail;
         let (lane, name, layer, part, bytes) = match &finished {
             Finished::AllToAll { exchange, .. } => {
-                let kind = exchange.kind;
+                let kind = exchange.kind();
                 let bytes = exchange.sent_bytes(self.config.rank);
                 stats.exchanged(&kind, end - begin, 0, bytes);
                 (Lane::AllToAll, kind.name(), Some(kind.layer), (kind.chunk, kind.chunks), bytes)
@@ -496,6 +594,8 @@ impl<E: Engine> CommThread<E> {
 #[cfg(test)]
 mod tests {
     use lina_plan::{AllToAllKind, Direction, GapPlan, Leg, Policy, PolicyRules, PolicySettings};
+
+    use crate::Exchange;
 
     use super::*;
 
@@ -551,9 +651,11 @@ mod tests {
         port.submit(Submission::BeginStep { step: 0, rules, plan: GapPlan::default() }).unwrap();
     }
 
-    fn exchange(chunk: u32) -> Exchange {
+    fn exchange(chunk: u32) -> AnyExchange {
         let kind = AllToAllKind { direction: Direction::Backward, leg: Leg::Combine, layer: 0, chunk, chunks: 3 };
-        Exchange { kind, send: vec![0.0; 2], send_elements: vec![1; 2], recv: vec![0.0; 2], recv_elements: vec![1; 2] }
+        let (elements, values) = (vec![1; 2], vec![0.0; 2]);
+        let (send_elements, send) = (elements.clone(), values.clone());
+        AnyExchange::Host(Exchange { kind, send, send_elements, recv: values, recv_elements: elements })
     }
 
     #[test]

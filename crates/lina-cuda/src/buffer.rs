@@ -41,28 +41,36 @@ impl DType {
 
 /// A host type that device memory is filled from and read into.
 pub trait Element: Copy + Default {
-    /// Bytes of `values` as `dtype`, appended to `bytes`.
+    /// Fills `bytes` with `values` as they are stored.
     ///
     /// # Panics
-    /// If the type cannot be stored as `dtype`.
-    fn encode(values: &[Self], dtype: DType, bytes: &mut Vec<u8>);
-    /// Values of what is stored as `dtype`.
+    /// If the type cannot be stored as `dtype`, or there are more or fewer bytes than the values take.
+    fn encode(values: &[Self], dtype: DType, bytes: &mut [u8]);
+    /// Fills `values` from what is stored.
     ///
     /// # Panics
-    /// If the type is not stored as `dtype`.
+    /// If the type is not stored as `dtype`, or there are more or fewer bytes than the values take.
     fn decode(bytes: &[u8], dtype: DType, values: &mut [Self]);
 }
 
 impl Element for f32 {
-    fn encode(values: &[f32], dtype: DType, bytes: &mut Vec<u8>) {
+    fn encode(values: &[f32], dtype: DType, bytes: &mut [u8]) {
+        assert_eq!(bytes.len(), values.len() * dtype.bytes(), "bytes for all values");
         match dtype {
-            DType::F32 => bytes.extend(values.iter().flat_map(|value| value.to_le_bytes())),
-            DType::Bf16 => bytes.extend(values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes())),
+            DType::F32 => {
+                let (words, _) = bytes.as_chunks_mut::<4>();
+                words.iter_mut().zip(values).for_each(|(word, value)| *word = value.to_le_bytes());
+            }
+            DType::Bf16 => {
+                let (words, _) = bytes.as_chunks_mut::<2>();
+                words.iter_mut().zip(values).for_each(|(word, &value)| *word = bf16::from_f32(value).to_le_bytes());
+            }
             DType::U32 => panic!("numbers are not stored as floats"),
         }
     }
 
     fn decode(bytes: &[u8], dtype: DType, values: &mut [f32]) {
+        assert_eq!(bytes.len(), values.len() * dtype.bytes(), "bytes of all values");
         match dtype {
             DType::F32 => {
                 let (words, _) = bytes.as_chunks::<4>();
@@ -78,13 +86,14 @@ impl Element for f32 {
 }
 
 impl Element for u32 {
-    fn encode(values: &[u32], dtype: DType, bytes: &mut Vec<u8>) {
-        assert_eq!(dtype, DType::U32, "numbers are stored as such");
-        bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    fn encode(values: &[u32], dtype: DType, bytes: &mut [u8]) {
+        assert_eq!((dtype, bytes.len()), (DType::U32, values.len() * 4), "numbers are stored as such");
+        let (words, _) = bytes.as_chunks_mut::<4>();
+        words.iter_mut().zip(values).for_each(|(word, value)| *word = value.to_le_bytes());
     }
 
     fn decode(bytes: &[u8], dtype: DType, values: &mut [u32]) {
-        assert_eq!(dtype, DType::U32, "numbers are stored as such");
+        assert_eq!((dtype, bytes.len()), (DType::U32, values.len() * 4), "numbers are stored as such");
         let (words, _) = bytes.as_chunks::<4>();
         values.iter_mut().zip(words).for_each(|(value, word)| *value = u32::from_le_bytes(*word));
     }
@@ -270,6 +279,15 @@ impl<'a> SliceMut<'a> {
     /// If it is out of bounds.
     pub fn slice_mut(&mut self, range: Range<usize>) -> SliceMut<'_> {
         SliceMut(self.0.slice(range), PhantomData)
+    }
+
+    /// The first `middle` elements and the others.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn split_at_mut(&mut self, middle: usize) -> (SliceMut<'_>, SliceMut<'_>) {
+        let (first, rest) = (self.0.slice(0..middle), self.0.slice(middle..self.0.len));
+        (SliceMut(first, PhantomData), SliceMut(rest, PhantomData))
     }
 
     /// The same, for a shorter time.

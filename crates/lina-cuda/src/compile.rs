@@ -2,6 +2,7 @@
 
 use std::ffi::{CString, c_char};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::nvrtc::sys::{self, nvrtcProgram, nvrtcResult};
 use xxhash_rust::xxh3::xxh3_128;
@@ -54,7 +55,8 @@ pub fn compile(module: &Module, architecture: &str) -> Result<Vec<u8>, CudaError
     let text = |text: String| CString::new(text).expect("sources have no null bytes");
     let source = text(format!("{COMMON}\n#line 1 \"{}.cu\"\n{}", module.name, module.source));
     let name = text(format!("{}.cu", module.name));
-    let options = [format!("--gpu-architecture={architecture}"), "--std=c++17".into(), "-default-device".into()].map(text);
+    let options =
+        [format!("--gpu-architecture={architecture}"), "--std=c++17".into(), "-default-device".into()].map(text);
     let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
     let mut program = std::ptr::null_mut();
     // SAFETY: strings end in null bytes and outlive the call; there are no headers.
@@ -86,14 +88,17 @@ pub fn compile(module: &Module, architecture: &str) -> Result<Vec<u8>, CudaError
 pub fn compile_cached(module: &Module, architecture: &str) -> Result<Vec<u8>, CudaError> {
     let (major, minor) = nvrtc_version()?;
     let key = format!("{major}.{minor} {architecture} {COMMON}{}", module.source);
-    let path = cache_folder().map(|folder| folder.join(format!("{}-{:032x}.cubin", module.name, xxh3_128(key.as_bytes()))));
+    let path =
+        cache_folder().map(|folder| folder.join(format!("{}-{:032x}.cubin", module.name, xxh3_128(key.as_bytes()))));
     if let Some(cubin) = path.as_ref().and_then(|path| std::fs::read(path).ok()) {
         return Ok(cubin);
     }
     let cubin = compile(module, architecture)?;
     if let Some(path) = path {
-        // Under a name of its own first: other ranks may be writing the same. Without a cache the next start is slower.
-        let own = path.with_extension(format!("{}.part", std::process::id()));
+        // Under a name of its own first: other ranks, processes or threads, may be writing the same. Without a cache the next start is slower.
+        static WRITTEN: AtomicUsize = AtomicUsize::new(0);
+        let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
+        let own = path.with_extension(format!("{}.{number}.part", std::process::id()));
         let written = path.parent().is_some_and(|folder| std::fs::create_dir_all(folder).is_ok())
             && std::fs::write(&own, &cubin).is_ok()
             && std::fs::rename(&own, &path).is_ok();

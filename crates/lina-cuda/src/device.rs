@@ -108,9 +108,7 @@ impl Device {
         let mut keep = u64::MAX;
         let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         // SAFETY: this attribute is a 64-bit number.
-        check("cuMemPoolSetAttribute", unsafe {
-            sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut keep).cast())
-        })?;
+        check("cuMemPoolSetAttribute", unsafe { sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut keep).cast()) })?;
         let facts = facts(device, ordinal)?;
         Ok(Device(Arc::new(Inner { facts, device, context, pool })))
     }

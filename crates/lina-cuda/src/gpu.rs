@@ -3,6 +3,7 @@
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::sys;
@@ -17,6 +18,7 @@ use crate::launch::{Arg, LaunchShape};
 use crate::matmul::Blas;
 use crate::staging::Staging;
 use crate::stream::{Priority, Stream};
+use crate::timeline::{Launch, Timeline};
 
 /// A GPU as one thread of a rank uses it: everything is enqueued on one stream.
 pub struct Gpu {
@@ -25,6 +27,7 @@ pub struct Gpu {
     modules: RefCell<HashMap<&'static str, Arc<LoadedModule>>>,
     kernels: RefCell<HashMap<(&'static str, String), Kernel>>,
     blas: OnceCell<Blas>,
+    timeline: Timeline,
 }
 
 impl Gpu {
@@ -40,6 +43,7 @@ impl Gpu {
             modules: RefCell::default(),
             kernels: RefCell::default(),
             blas: OnceCell::new(),
+            timeline: Timeline::default(),
         })
     }
 
@@ -142,8 +146,10 @@ impl Gpu {
         }
         self.device().bind()?;
         let bytes = to.len() * to.dtype().bytes();
-        // SAFETY: the view is of as many bytes of device memory, exclusively borrowed.
-        check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(to.ptr(), 0, bytes, self.stream.raw()) })
+        self.timed("clear", || {
+            // SAFETY: the view is of as many bytes of device memory, exclusively borrowed.
+            check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(to.ptr(), 0, bytes, self.stream.raw()) })
+        })
     }
 
     /// Copies on the device.
@@ -160,8 +166,80 @@ impl Gpu {
         }
         self.device().bind()?;
         let bytes = to.len() * to.dtype().bytes();
-        // SAFETY: both views are of as many bytes of device memory, and the destination is exclusively borrowed.
-        check("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(to.ptr(), from.ptr(), bytes, self.stream.raw()) })
+        self.timed("copy", || {
+            // SAFETY: both views are of as many bytes of device memory, and the destination is exclusively borrowed.
+            check("cuMemcpyDtoDAsync", unsafe {
+                sys::cuMemcpyDtoDAsync_v2(to.ptr(), from.ptr(), bytes, self.stream.raw())
+            })
+        })
+    }
+
+    /// Copies some columns of a matrix with rows of `width` elements to the same columns of another.
+    ///
+    /// # Errors
+    /// If the device has failed.
+    ///
+    /// # Panics
+    /// If lengths or types differ, or there are no such columns.
+    pub fn copy_columns(
+        &self,
+        from: Slice<'_>,
+        to: SliceMut<'_>,
+        width: usize,
+        columns: Range<usize>,
+    ) -> Result<(), CudaError> {
+        assert_eq!((from.len(), from.dtype()), (to.len(), to.dtype()), "like is copied to like");
+        assert!(columns.end <= width && from.len().is_multiple_of(width), "{columns:?} of rows of {width} elements");
+        if from.is_empty() || columns.is_empty() {
+            return Ok(());
+        }
+        self.device().bind()?;
+        let bytes = from.dtype().bytes();
+        let skipped = columns.start * bytes;
+        let device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: skipped,
+            srcY: 0,
+            srcMemoryType: device,
+            srcHost: std::ptr::null(),
+            srcDevice: from.ptr(),
+            srcArray: std::ptr::null_mut(),
+            srcPitch: width * bytes,
+            dstXInBytes: skipped,
+            dstY: 0,
+            dstMemoryType: device,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to.ptr(),
+            dstArray: std::ptr::null_mut(),
+            dstPitch: width * bytes,
+            WidthInBytes: columns.len() * bytes,
+            Height: from.len() / width,
+        };
+        self.timed("copy columns", || {
+            // SAFETY: both matrices have as many rows of as many bytes, and the destination is exclusively borrowed.
+            check("cuMemcpy2DAsync", unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream.raw()) })
+        })
+    }
+
+    /// From now on notes when each launch runs, at the price of two events around it.
+    ///
+    /// # Errors
+    /// If the device has failed.
+    pub fn begin_timeline(&self) -> Result<(), CudaError> {
+        self.timeline.begin(&self.stream)
+    }
+
+    /// Stops noting, waits for what is enqueued, and returns what ran, in order.
+    ///
+    /// # Errors
+    /// If the device has failed.
+    pub fn end_timeline(&self) -> Result<Vec<Launch>, CudaError> {
+        self.timeline.end(&self.stream)
+    }
+
+    /// Enqueues something that no [`launch`](Self::launch) does.
+    pub(crate) fn timed<R>(&self, name: &str, enqueue: impl FnOnce() -> Result<R, CudaError>) -> Result<R, CudaError> {
+        self.timeline.around(&self.stream, name, enqueue)
     }
 
     /// Waits until everything enqueued has run.
@@ -203,7 +281,7 @@ impl Gpu {
             Entry::Vacant(entry) => entry.insert(self.kernel(module, kernel)?),
         };
         kernel.allow_shared(shape.shared_bytes)?;
-        kernel.launch(&self.stream, shape, args)
+        self.timeline.around(&self.stream, kernel.name(), || kernel.launch(&self.stream, shape, args))
     }
 
     /// A kernel of `module`, to launch it on other streams.

@@ -78,6 +78,11 @@ impl Kernel {
         Ok(Kernel { module: Arc::clone(module), name: name.to_owned(), function, shared_bytes: SHARED_BYTES })
     }
 
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Lets launches have that much dynamic shared memory.
     pub(crate) fn allow_shared(&mut self, shared_bytes: u32) -> Result<(), CudaError> {
         if shared_bytes > self.shared_bytes {

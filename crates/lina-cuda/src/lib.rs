@@ -10,6 +10,7 @@
 //! | what is a GPU here, and is there one? | [`Gpu`], [`Device`], [`testing::gpu`] |
 //! | where is data? | [`Buffer`], [`Slice`], [`SliceMut`], [`PinnedBuffer`] |
 //! | what runs after what? | [`Stream`], [`Event`] |
+//! | who copies experts while the device computes? | [`ExpertSlots`] |
 //! | how does source become a kernel? | [`Module`], [`compile`] |
 //!
 //! CUDA's libraries are loaded when they are first needed, and kernels are compiled by NVRTC on the machine that runs them: a
@@ -43,9 +44,11 @@ mod permute;
 mod pinned;
 mod rotary;
 mod router;
+mod slots;
 mod staging;
 mod stream;
 pub mod testing;
+mod timeline;
 
 pub use activation::*;
 pub use attention::*;
@@ -70,9 +73,25 @@ pub use permute::*;
 pub use pinned::PinnedBuffer;
 pub use rotary::*;
 pub use router::*;
+pub use slots::*;
 pub use stream::{Priority, Stream};
+pub use timeline::Launch;
 
 /// Every module of kernels: all of them compile for every GPU that is supported.
 pub fn modules() -> Vec<&'static Module> {
-    vec![]
+    let single = [
+        &activation::ACTIVATION,
+        &elementwise::ELEMENTWISE,
+        &embedding::EMBEDDING,
+        &grouped::GROUPED_HOPPER,
+        &jitter::JITTER,
+        &loss::LOSS,
+        &norm::NORM,
+        &optimizer::OPTIMIZER,
+        &pace::PACE,
+        &permute::PERMUTE,
+        &rotary::ROTARY,
+        &router::ROUTER,
+    ];
+    single.into_iter().chain(&attention::ATTENTION_MODULES).chain(&paged::PAGED_MODULES).collect()
 }

@@ -26,7 +26,6 @@ pub(crate) struct Staging {
     current: usize,
     used_bytes: usize,
     downloads: PinnedBuffer,
-    encoded: Vec<u8>,
 }
 
 impl Staging {
@@ -39,7 +38,6 @@ impl Staging {
             current: 0,
             used_bytes: 0,
             downloads: PinnedBuffer::zeros(device, SLOT_BYTES)?,
-            encoded: Vec::new(),
         })
     }
 
@@ -47,9 +45,7 @@ impl Staging {
         self.stream.device().bind()?;
         let (dtype, piece) = (to.dtype(), SLOT_BYTES / to.dtype().bytes());
         for (number, values) in from.chunks(piece).enumerate() {
-            self.encoded.clear();
-            E::encode(values, dtype, &mut self.encoded);
-            let bytes = self.encoded.len();
+            let bytes = values.len() * dtype.bytes();
             if self.used_bytes + bytes > SLOT_BYTES {
                 self.slots[self.current].read.record(&self.stream)?;
                 self.current = (self.current + 1) % SLOTS;
@@ -57,7 +53,7 @@ impl Staging {
                 self.used_bytes = 0;
             }
             let staged = &mut self.slots[self.current].memory[self.used_bytes..self.used_bytes + bytes];
-            staged.copy_from_slice(&self.encoded);
+            E::encode(values, dtype, staged);
             self.used_bytes += bytes.next_multiple_of(16);
             let start = number * piece;
             let target = to.slice_mut(start..start + values.len());

@@ -11,9 +11,7 @@ use crate::{CudaError, Gpu};
 pub fn gpu() -> Option<Gpu> {
     match Gpu::open(0) {
         Ok(gpu) => Some(gpu),
-        Err(
-            reason @ (CudaError::NoLibrary { .. } | CudaError::NoDevice { .. } | CudaError::DriverTooOld { .. }),
-        ) => {
+        Err(reason @ (CudaError::NoLibrary { .. } | CudaError::NoDevice { .. } | CudaError::DriverTooOld { .. })) => {
             eprintln!("skipped: {reason}");
             None
         }

@@ -1,5 +1,8 @@
 //! That every kernel compiles for the GPUs that are supported: needs NVRTC, no GPU.
 
+use std::num::NonZero;
+use std::sync::Mutex;
+
 use lina_cuda::CudaError;
 use lina_cuda::compile::{compile, nvrtc_version};
 
@@ -9,13 +12,21 @@ fn every_module_compiles() {
         eprintln!("skipped: {reason}");
         return;
     }
-    for module in lina_cuda::modules() {
-        for architecture in ["sm_80", "sm_90a"] {
-            if let Err(error) = compile(module, architecture) {
-                panic!("{error}");
-            }
+    let compilations = lina_cuda::modules().into_iter().flat_map(|module| ["sm_80", "sm_90a"].map(|gpu| (module, gpu)));
+    let compilations = Mutex::new(compilations);
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    std::thread::scope(|scope| {
+        for _ in 0..cores {
+            scope.spawn(|| {
+                let next = || compilations.lock().ok()?.next();
+                while let Some((module, gpu)) = next() {
+                    if let Err(error) = compile(module, gpu) {
+                        panic!("{error}");
+                    }
+                }
+            });
         }
-    }
+    });
 }
 
 #[test]

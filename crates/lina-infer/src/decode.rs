@@ -2,26 +2,27 @@
 //!
 //! One token multiplies every weight that it needs once, so that memory bounds it: the bound is the bytes of those
 //! weights over the rate at which this machine's memory is read, measured in the same run. A prompt has rows enough for
-//! arithmetic to bound it.
+//! arithmetic to bound it: its matrix products run again, or on a GPU its operations at the rate of one large product.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use lina_comm::Comm;
+use lina_kernels::PAGE_TOKENS;
 use lina_kernels::gemm::{self, Layout, Shape};
-use lina_kernels::{Compute, PAGE_TOKENS, read_bandwidth};
 use lina_model::{
-    ExpertOptions, InferenceBatch, InferenceLimits, InferenceModel, InferenceWeights, KvCache, LogitsOf, ModelConfig,
-    SequenceFeed,
+    ExpertOptions, InferenceBatch, InferenceLimits, InferenceWeights, KvCache, LogitsOf, ModelConfig, SequenceFeed,
 };
 use lina_report::{Align, Progress, Table};
-use lina_train::{ProductReplay, RunConfig, median};
+use lina_train::{Engine, RunConfig, Scalar, median};
 use serde::Serialize;
 
-use crate::InferError;
+use crate::decode_machine::Machine;
+use crate::device::{ModelParts, ProcessShared, StepModel};
 use crate::job::load_weights;
 use crate::ranks::step_error;
+use crate::{Arithmetic, InferError};
 
 /// Tokens before those that are decoded and measured.
 const DECODE_PROMPT_TOKENS: usize = 64;
@@ -36,7 +37,9 @@ const SEQUENCE: u32 = 0;
 pub struct DecodeOptions {
     /// Hugging Face folder, or a training configuration whose `[model]` gives sizes.
     pub model: PathBuf,
-    /// Compute threads; 0 is all cores.
+    /// What computes.
+    pub arithmetic: Arithmetic,
+    /// Compute threads of a processor; 0 is all cores.
     pub threads: usize,
     /// Tokens decoded in a round.
     pub tokens: usize,
@@ -51,7 +54,11 @@ pub struct DecodeOptions {
 /// Decoding and prefill on one rank beside what bounds them; medians over rounds.
 #[derive(Clone, Debug, Serialize)]
 pub struct DecodeSummary {
-    /// Compute threads.
+    /// Name of the device.
+    pub device: &'static str,
+    /// How it stores weights and multiplies.
+    pub dtype: Scalar,
+    /// Compute threads of a processor.
     pub threads: usize,
     /// Measured rounds.
     pub rounds: usize,
@@ -104,16 +111,21 @@ impl DecodeSummary {
         products_gflop: f64,
         samples: &Samples,
     ) -> Self {
-        let active_bytes = weights.active_bytes();
+        let Arithmetic { device, dtype } = options.arithmetic;
+        // The host's weights are f32.
+        let stored_bytes = |bytes: u64| bytes / 4 * options.arithmetic.element_bytes() as u64;
+        let active_bytes = stored_bytes(weights.active_bytes());
         let bytes_per_s = median(&samples.bytes_per_s);
         let bound_ms = active_bytes as f64 / bytes_per_s * 1e3;
         let decode_ms = median(&samples.decode_ms);
         let (prefill_ms, products_ms) = (median(&samples.prefill_ms), median(&samples.products_ms));
         DecodeSummary {
+            device: device.name(),
+            dtype,
             threads,
             rounds: options.rounds,
             initial_weights,
-            weight_bytes: weights.bytes(),
+            weight_bytes: stored_bytes(weights.bytes()),
             active_bytes,
             read_gb_per_s: bytes_per_s / 1e9,
             bound_ms,
@@ -138,12 +150,16 @@ impl DecodeSummary {
         };
         row("decode, a token", self.decode_ms, self.bound_ms, self.decode_over_bound);
         row("prefill", self.prefill_ms, self.products_ms, self.prefill_over_products);
+        let device = match (self.device, self.dtype) {
+            ("cpu", _) => format!("{} threads", self.threads),
+            (device, Scalar::Float32) => format!("{device}, float32"),
+            (device, Scalar::Bfloat16) => format!("{device}, bfloat16"),
+        };
         format!(
-            "{}\n{} threads, medians of {} rounds; weights: {}\ndecode: batch 1, {} tokens after {}; the bound reads {:.0} MB \
+            "{}\n{device}, medians of {} rounds; weights: {}\ndecode: batch 1, {} tokens after {}; the bound reads {:.0} MB \
              of active weights (of {:.0} MB) once at the measured {:.1} GB/s\nprefill: {} tokens; the bound is its matrix \
              products alone, {:.0} GFLOP/s",
             table.render(),
-            self.threads,
             self.rounds,
             if self.initial_weights { "initial ones, on which speed does not depend" } else { "the folder's" },
             self.tokens,
@@ -168,27 +184,18 @@ pub fn bench_decode(options: &DecodeOptions) -> Result<DecodeSummary, InferError
         threads => threads,
     };
     let mut decoder = Decoder::new(&weights, threads, options)?;
-    // What depends on the prompt's length reaches its size, and its products are recorded.
+    // What depends on the prompt's length reaches its size.
     decoder.prefill(options.prompt_tokens)?;
-    gemm::record(true);
-    let recorded = decoder.prefill(options.prompt_tokens);
-    gemm::record(false);
-    let mut shapes = gemm::take_recorded();
-    recorded?;
-    shapes.extend(attention_shapes(weights.config(), options.prompt_tokens));
-    let mut replay = ProductReplay::new(shapes);
+    let mut machine = machine(&mut decoder, threads, options)?;
 
-    let compute = Compute::new(threads);
     let mut samples = Samples::default();
     let mut progress = if options.quiet { Progress::silent() } else { Progress::new(0, options.rounds as u64) };
     // The first round warms up.
     for round in 0..=options.rounds {
-        let bytes_per_s = read_bandwidth(&compute);
+        let bytes_per_s = machine.read_bytes_per_s()?;
         let decode_ms = decoder.decode(options.tokens)?;
         let prefill_ms = decoder.prefill(options.prompt_tokens)?;
-        let begun = Instant::now();
-        replay.run(&compute);
-        let products_ms = milliseconds(begun);
+        let products_ms = machine.products_ms()?;
         if round > 0 {
             samples.bytes_per_s.push(bytes_per_s);
             samples.decode_ms.extend(decode_ms);
@@ -198,7 +205,32 @@ pub fn bench_decode(options: &DecodeOptions) -> Result<DecodeSummary, InferError
         }
     }
     progress.finish();
-    Ok(DecodeSummary::new(options, &weights, initial_weights, threads, replay.gflop(), &samples))
+    Ok(DecodeSummary::new(options, &weights, initial_weights, threads, machine.products_gflop(), &samples))
+}
+
+/// What bounds the decoder's model.
+fn machine(decoder: &mut Decoder, threads: usize, options: &DecodeOptions) -> Result<Machine, InferError> {
+    let tokens = options.prompt_tokens;
+    match &decoder.model {
+        StepModel::Host(_) => {
+            gemm::record(true);
+            let recorded = decoder.prefill(tokens);
+            gemm::record(false);
+            let mut shapes = gemm::take_recorded();
+            recorded?;
+            shapes.extend(attention_shapes(decoder.model.config(), tokens));
+            Ok(Machine::host(threads, shapes))
+        }
+        #[cfg(feature = "cuda")]
+        StepModel::Cuda(model) => {
+            use crate::decode_machine::{CudaMachine, prompt_gflop};
+            let gflop = prompt_gflop(model.config(), tokens);
+            // A stream of its own, which nothing else is on while it is measured.
+            let gpu = lina_cuda::Gpu::open(model.gpu().ordinal()).map_err(InferError::Device)?;
+            let machine = CudaMachine::new(gpu, model.dtype(), gflop).map_err(InferError::Device)?;
+            Ok(Machine::Cuda(Box::new(machine)))
+        }
+    }
 }
 
 fn milliseconds(since: Instant) -> f64 {
@@ -222,6 +254,7 @@ fn weights(options: &DecodeOptions) -> Result<(Arc<InferenceWeights>, bool), Inf
 
 /// Refuses sizes that cannot be.
 fn check(options: &DecodeOptions, config: &ModelConfig) -> Result<(), InferError> {
+    options.arithmetic.check(Engine::Local).map_err(InferError::Input)?;
     let positions = config.max_positions;
     let most_tokens = positions.saturating_sub(DECODE_PROMPT_TOKENS);
     if most_tokens == 0 {
@@ -249,7 +282,7 @@ fn check(options: &DecodeOptions, config: &ModelConfig) -> Result<(), InferError
 
 /// A model on one rank that reads a text of its own making.
 struct Decoder {
-    model: InferenceModel,
+    model: StepModel,
     comm: Comm,
     /// As many as the longest sequence.
     text: Vec<u32>,
@@ -262,12 +295,20 @@ impl Decoder {
         let max_sequence_tokens = max_tokens.max(DECODE_PROMPT_TOKENS + options.tokens);
         let limits =
             InferenceLimits { max_tokens, max_sequence_tokens, pages: KvCache::pages_for(max_sequence_tokens) };
-        let experts = ExpertOptions::fixed(config);
-        let model = InferenceModel::new(weights.clone(), 1, Compute::new(threads), limits, experts)
-            .map_err(InferError::input)?;
+        let (mut comm, shared) = (Comm::solo(), ProcessShared::default());
+        let parts = ModelParts {
+            arithmetic: options.arithmetic,
+            engine: Engine::Local,
+            threads,
+            limits,
+            experts: ExpertOptions::fixed(config),
+            weights,
+            shared: &shared,
+        };
+        let model = StepModel::start(&mut comm, parts)?;
         // Any tokens will do; a stride that shares no factor with usual sizes of vocabularies visits many of them.
         let text = (0..max_tokens).map(|token| (token * 7919 % config.vocab) as u32).collect();
-        Ok(Decoder { model, comm: Comm::solo(), text })
+        Ok(Decoder { model, comm, text })
     }
 
     /// A new sequence takes the place of the last one: milliseconds that its first `tokens` tokens take.
@@ -334,7 +375,15 @@ mod tests {
     use lina_model::{ModelKind, Sizes};
 
     fn options(prompt_tokens: usize) -> DecodeOptions {
-        DecodeOptions { model: PathBuf::new(), threads: 1, tokens: 3, prompt_tokens, rounds: 2, quiet: true }
+        DecodeOptions {
+            model: PathBuf::new(),
+            arithmetic: Arithmetic::CPU,
+            threads: 1,
+            tokens: 3,
+            prompt_tokens,
+            rounds: 2,
+            quiet: true,
+        }
     }
 
     #[test]

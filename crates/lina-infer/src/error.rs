@@ -13,14 +13,20 @@ pub enum InferError {
     /// A rank was lost, or this one was told that another was.
     #[error(transparent)]
     Lost(#[from] CommError),
+    /// The GPU failed.
+    #[cfg(feature = "cuda")]
+    #[error("the GPU failed: {0}")]
+    Device(lina_cuda::CudaError),
 }
 
 impl InferError {
-    /// Exit code of the process: 2 for bad input, 1 for a lost rank.
+    /// Exit code of the process: 2 for bad input, 1 for a lost rank or GPU.
     pub fn exit_code(&self) -> u8 {
         match self {
             InferError::Input(_) => 2,
             InferError::Lost(_) => 1,
+            #[cfg(feature = "cuda")]
+            InferError::Device(_) => 1,
         }
     }
 
@@ -34,6 +40,8 @@ impl From<TrainError> for InferError {
     fn from(error: TrainError) -> Self {
         match error {
             TrainError::Lost(error) => InferError::Lost(error),
+            #[cfg(feature = "cuda")]
+            TrainError::Device(error) => InferError::Device(error),
             error => InferError::input(error),
         }
     }

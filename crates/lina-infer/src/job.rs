@@ -4,19 +4,20 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use lina_comm::Comm;
-use lina_kernels::{Compute, PAGE_TOKENS};
-use lina_model::{
-    ExpertOptions, Forecast, InferenceLimits, InferenceModel, InferenceWeights, KvCache, ModelConfig,
-    measure_placement_costs,
-};
+use lina_kernels::PAGE_TOKENS;
+use lina_model::{ExpertOptions, Forecast, InferenceLimits, InferenceWeights, KvCache, ModelConfig};
 use lina_plan::{
     Estimator, ExpertLayout, ExpertSchedulerSettings, PlacementCosts, PlacementPolicy, Policy, PolicyRules,
     PolicySettings,
 };
 use lina_train::{ClusterConfig, Engine, MemoryPlan, TrainError, run_job};
 
+use crate::device::{ModelParts, ProcessShared, StepModel};
 use crate::ranks::{RankWorker, Ranks};
-use crate::{BackendLimits, EngineHandle, EngineOptions, InferError, engine_channel, load_profile, serve_requests};
+use crate::{
+    Arithmetic, BackendLimits, Device, EngineHandle, EngineOptions, InferError, engine_channel, load_profile,
+    serve_requests,
+};
 
 /// Tokens of the longest sequence, unless more are asked for: keys and values take memory.
 const DEFAULT_SEQUENCE_TOKENS: usize = 4096;
@@ -40,6 +41,8 @@ pub struct ModelOptions {
     pub ranks: usize,
     /// What carries their messages.
     pub engine: Engine,
+    /// What they compute on.
+    pub arithmetic: Arithmetic,
     /// Compute threads of a rank; 0 for an even share of the cores.
     pub threads: usize,
     /// Longest sequence, prompt and answer together; by default the model's positions, at most 4096.
@@ -66,6 +69,7 @@ impl Default for ModelOptions {
             model: PathBuf::new(),
             ranks: 1,
             engine: Engine::Local,
+            arithmetic: Arithmetic::CPU,
             threads: 0,
             max_sequence_tokens: None,
             step_tokens: DEFAULT_STEP_TOKENS,
@@ -100,7 +104,9 @@ pub fn with_engine<R: Send>(
     f: impl FnOnce(EngineHandle) -> R + Send,
 ) -> Result<Option<R>, InferError> {
     let prepared = prepare(options)?;
-    let cache_bytes = (options.cache_gib * f64::from(1 << 30)) as u64;
+    // A GPU has memory of its own.
+    let cache_gib = if options.arithmetic.device == Device::Cpu { options.cache_gib } else { 0.0 };
+    let cache_bytes = (cache_gib * f64::from(1 << 30)) as u64;
     let weights = Arc::new(load_weights(Some(&options.model), prepared.config.clone(), cache_bytes)?);
     let forecast = forecast(options, &weights)?;
     let (handle, inbox) = engine_channel(engine, prepared.backend);
@@ -109,8 +115,19 @@ pub fn with_engine<R: Send>(
         ExpertLayout::new(prepared.config.experts.max(1), prepared.cluster.ranks, None).map_err(InferError::input)?;
     let rules = PolicyRules::new(Policy::Fair, &PolicySettings::default());
     let identity = format!("{}\n{options:?}", prepared.config.to_json());
+    let shared = ProcessShared::default();
     let rank_main = |comm: &mut Comm| -> Result<(), TrainError> {
-        let mut worker = start_worker(comm, &prepared, &weights, &forecast, options.verify_every)?;
+        let (scheduler, forecast, verify_every) = (prepared.scheduler, forecast.clone(), options.verify_every);
+        let parts = ModelParts {
+            arithmetic: options.arithmetic,
+            engine: options.engine,
+            threads: prepared.cluster.threads_of(comm.ranks()),
+            limits: prepared.limits,
+            experts: ExpertOptions { scheduler, forecast, planning_flops: 0, verify_every },
+            weights: &weights,
+            shared: &shared,
+        };
+        let mut worker = RankWorker::new(StepModel::start(comm, parts)?);
         if comm.rank() > 0 {
             return worker.follow(comm).map_err(job_error);
         }
@@ -165,6 +182,8 @@ pub(crate) fn job_error(error: InferError) -> TrainError {
     match error {
         InferError::Input(message) => TrainError::Input(message),
         InferError::Lost(error) => TrainError::Lost(error),
+        #[cfg(feature = "cuda")]
+        InferError::Device(error) => TrainError::Device(error),
     }
 }
 
@@ -176,6 +195,7 @@ fn prepare(options: &ModelOptions) -> Result<Prepared, InferError> {
             return error(format!("{option} is {value}, expected a number from {least} to {MAX_RANKS}"));
         }
     }
+    options.arithmetic.check(options.engine).map_err(InferError::Input)?;
     let longest = options.max_sequence_tokens.unwrap_or(config.max_positions.min(DEFAULT_SEQUENCE_TOKENS));
     if longest < 2 || longest > config.max_positions {
         return error(format!(
@@ -190,7 +210,7 @@ fn prepare(options: &ModelOptions) -> Result<Prepared, InferError> {
         return error("--verify-every is 0, expected at least 1".to_owned());
     }
     let pages_of_longest = KvCache::pages_for(longest);
-    let page_bytes = KvCache::page_bytes(&config) as f64;
+    let page_bytes = (KvCache::page_elements(&config) * options.arithmetic.element_bytes()) as f64;
     let cluster = ClusterConfig {
         ranks: options.ranks,
         engine: options.engine,
@@ -262,24 +282,4 @@ fn forecast(options: &ModelOptions, weights: &InferenceWeights) -> Result<Foreca
             ));
         }
     })
-}
-
-/// This rank's model, once all ranks have measured what work costs.
-fn start_worker(
-    comm: &mut Comm,
-    prepared: &Prepared,
-    weights: &Arc<InferenceWeights>,
-    forecast: &Forecast,
-    verify_every: Option<u64>,
-) -> Result<RankWorker, TrainError> {
-    let ranks = comm.ranks();
-    let compute = Compute::new(prepared.cluster.threads_of(ranks));
-    let mut scheduler = prepared.scheduler;
-    if ranks > 1 && prepared.config.moe_layers() > 0 {
-        scheduler.costs = measure_placement_costs(comm, &compute, weights)?;
-    }
-    let experts = ExpertOptions { scheduler, forecast: forecast.clone(), planning_flops: 0, verify_every };
-    let model = InferenceModel::new(weights.clone(), ranks, compute, prepared.limits, experts)
-        .map_err(|error| TrainError::Input(error.to_string()))?;
-    Ok(RankWorker::new(model))
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | what does a step feed, and what comes out? | [`StepPlan`], [`StepOutput`] (`backend`) |
 //! | who runs it? | a [`Backend`]: a model on the ranks of a job (`ranks`), started by [`with_engine`] (`job`) |
+//! | what do ranks compute on? | [`Device`] (`device`) |
 //! | what do tokens choose next? | [`profile`] |
 //! | how do schedulers of experts compare? | [`bench_infer`] (`bench`) |
 //! | how far is a token from reading its weights? | [`bench_decode`] (`decode`) |
@@ -17,6 +18,8 @@ mod bench;
 mod chat;
 mod completion;
 mod decode;
+mod decode_machine;
+mod device;
 mod engine;
 mod error;
 mod generate;
@@ -39,6 +42,7 @@ pub use bench::{
 pub use chat::{ChatMessage, ChatTemplate};
 pub use completion::{Completion, StopMatcher};
 pub use decode::{DecodeOptions, DecodeSummary, bench_decode};
+pub use device::{Arithmetic, Device};
 pub use engine::{
     EngineHandle, EngineOptions, EngineStatus, FinishReason, GenerateEvent, GenerateRequest, GeneratedToken, Inbox,
     Rejection, TokenStream, engine_channel, serve_requests, start_engine,

@@ -7,8 +7,9 @@
 use std::collections::HashMap;
 
 use lina_comm::{AllToAllKind, Comm, CommError, Direction, Exchange, Leg};
-use lina_model::{InferenceBatch, InferenceModel, InferenceStats, LogitsOf, SequenceFeed, StepError};
+use lina_model::{InferenceBatch, InferenceStats, LogitsOf, SequenceFeed, StepError};
 
+use crate::device::StepModel;
 use crate::{
     Admission, Backend, BackendLimits, ExpertActivity, InferError, LayerActivity, Sampled, Sampler, Sampling,
     SequenceId, StepOutput, StepPlan,
@@ -97,12 +98,12 @@ impl RankStep {
 
 /// One rank: its model, and the samplers of its sequences.
 pub(crate) struct RankWorker {
-    pub model: InferenceModel,
+    pub model: StepModel,
     samplers: HashMap<u32, Sampler>,
 }
 
 impl RankWorker {
-    pub fn new(model: InferenceModel) -> Self {
+    pub fn new(model: StepModel) -> Self {
         RankWorker { model, samplers: HashMap::new() }
     }
 
@@ -154,11 +155,18 @@ impl RankWorker {
     }
 }
 
-/// A failed step as the job's failure: a result that a placement changed is this rank's fault, not bad input.
+/// A failed step as the job's failure: a result that a placement changed, or a GPU that fails, is this rank's fault, not bad
+/// input.
 pub(crate) fn step_error(rank: usize, error: StepError) -> InferError {
     match error {
         StepError::Comm(error) => InferError::Lost(error),
         error @ StepError::Verification(_) => CommError::RankFailed { rank, reason: error.to_string() }.into(),
+        #[cfg(feature = "cuda")]
+        StepError::Cuda(error @ lina_cuda::CudaError::Call { .. }) => {
+            CommError::RankFailed { rank, reason: error.to_string() }.into()
+        }
+        #[cfg(feature = "cuda")]
+        StepError::Cuda(error) => crate::device::device_error(error).into(),
         error => InferError::input(error),
     }
 }

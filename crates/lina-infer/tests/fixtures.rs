@@ -12,7 +12,8 @@ const PROMPT_TOKENS: usize = 16;
 const NEW_TOKENS: usize = 24;
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../lina-model/tests/fixtures/hf").join(name)
+    let fixtures = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../lina-model/tests/fixtures/hf");
+    std::env::var_os("LINA_FIXTURES").map_or_else(fixtures, PathBuf::from).join(name)
 }
 
 /// What transformers was told to pad with when it made the continuations: it masks such tokens in prompts, and fills up
@@ -108,4 +109,23 @@ fn prompts_in_pieces_change_nothing() {
         options.step_tokens = 7;
         options.placement = PlacementPolicy::Eplb;
     });
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn gpus_go_on_as_transformers_does() {
+    use lina_infer::{Arithmetic, Device};
+    use lina_train::Scalar;
+
+    // The device stays open from one job to the next.
+    let Some(_gpu) = lina_cuda::testing::gpu() else { return };
+    for (name, placement) in
+        [("mixtral", PlacementPolicy::LinaAuto), ("qwen3_moe", PlacementPolicy::Lina), ("olmoe", PlacementPolicy::Eplb)]
+    {
+        check(name, |options| {
+            options.arithmetic = Arithmetic { device: Device::Cuda, dtype: Scalar::Float32 };
+            options.placement = placement;
+            options.step_tokens = 50;
+        });
+    }
 }

@@ -65,7 +65,7 @@ impl AttentionScratch {
 }
 
 /// Numbers per token of the optional buffers: raw projections, inverses of queries and of keys, unclipped.
-fn optional_widths(config: &ModelConfig) -> [usize; 4] {
+pub(crate) fn optional_widths(config: &ModelConfig) -> [usize; 4] {
     let (query_inverses, key_inverses) = match config.qk_norm {
         QkNorm::None => (0, 0),
         QkNorm::PerHead => (config.heads, config.kv_heads),
@@ -318,7 +318,7 @@ fn shape<'a>(pass: &Pass<'a>) -> AttentionShape<'a> {
 }
 
 /// Queries and keys lie side by side and turn alike.
-fn rotated_heads(config: &ModelConfig) -> HeadLayout {
+pub(crate) fn rotated_heads(config: &ModelConfig) -> HeadLayout {
     HeadLayout {
         offset: 0,
         heads: config.heads + config.kv_heads,
@@ -328,7 +328,7 @@ fn rotated_heads(config: &ModelConfig) -> HeadLayout {
 }
 
 /// What is normed as one: each head, or the whole projection.
-fn normed_heads(config: &ModelConfig) -> (HeadLayout, HeadLayout) {
+pub(crate) fn normed_heads(config: &ModelConfig) -> (HeadLayout, HeadLayout) {
     let layout = |offset: usize, heads: usize| match config.qk_norm {
         QkNorm::WholeProjection => {
             HeadLayout { offset, heads: 1, head_dim: heads * config.head_dim, row_stride: config.qkv_width() }

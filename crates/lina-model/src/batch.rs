@@ -4,7 +4,7 @@ use lina_comm::CommError;
 use lina_kernels::{IGNORED, Sequence};
 use thiserror::Error;
 
-use crate::config::ModelConfig;
+use crate::config::{ConfigError, ModelConfig};
 use crate::inference::VerificationError;
 
 /// One rank's tokens of one micro-batch. No tokens at all is ordinary: the rank still takes part in every exchange.
@@ -72,6 +72,13 @@ pub enum StepError {
     /// The job failed, here or elsewhere.
     #[error(transparent)]
     Comm(#[from] CommError),
+    /// The model's sizes and those of the job contradict each other.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The GPU failed, or does not suffice.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] lina_cuda::CudaError),
     /// A batch that this model cannot take.
     #[error("batch: {0}")]
     Batch(String),

@@ -79,20 +79,7 @@ impl Model {
         compute: Compute,
         limits: ModelLimits,
     ) -> Result<Self, ConfigError> {
-        config.validate("model")?;
-        let error = |message: String| Err(ConfigError { place: "model".to_string(), message });
-        if experts.experts() != config.experts {
-            return error(format!("a layout of {} experts, expected {}", experts.experts(), config.experts));
-        }
-        if rank >= experts.ranks() {
-            return error(format!("rank {rank}, expected one below {}", experts.ranks()));
-        }
-        if limits.max_sequence_tokens > config.max_positions {
-            return error(format!(
-                "sequences of {} tokens, expected at most max_positions = {}",
-                limits.max_sequence_tokens, config.max_positions
-            ));
-        }
+        check_model(&config, &experts, rank, &limits)?;
         let layout = ParameterLayout::new(&config, experts.held_by(rank));
         let max_tokens = limits.max_tokens;
         let rows_limit = limits.max_expert_rows.unwrap_or(usize::MAX);
@@ -355,4 +342,28 @@ impl Model {
         kernels::embedding_backward(compute, stream.grad, &pass.batch.input, table);
         pass.reduce_dense(gradients, &layout.embedding_slice)
     }
+}
+
+/// Whether a model can be made for such a rank.
+pub(crate) fn check_model(
+    config: &ModelConfig,
+    experts: &ExpertLayout,
+    rank: usize,
+    limits: &ModelLimits,
+) -> Result<(), ConfigError> {
+    config.validate("model")?;
+    let error = |message: String| Err(ConfigError { place: "model".to_string(), message });
+    if experts.experts() != config.experts {
+        return error(format!("a layout of {} experts, expected {}", experts.experts(), config.experts));
+    }
+    if rank >= experts.ranks() {
+        return error(format!("rank {rank}, expected one below {}", experts.ranks()));
+    }
+    if limits.max_sequence_tokens > config.max_positions {
+        return error(format!(
+            "sequences of {} tokens, expected at most max_positions = {}",
+            limits.max_sequence_tokens, config.max_positions
+        ));
+    }
+    Ok(())
 }

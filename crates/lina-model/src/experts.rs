@@ -16,7 +16,7 @@ use crate::routing::ChunkPlan;
 /// Sizes of one expert.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ExpertShape {
-    kind: FfnKind,
+    pub kind: FfnKind,
     pub hidden: usize,
     pub inner: usize,
     /// Rows of the input projection: gate and up, or up alone.
@@ -38,11 +38,11 @@ impl ExpertShape {
         product_flops(rows, self.input_width + self.inner, self.hidden)
     }
 
-    fn input_elements(&self) -> usize {
+    pub fn input_elements(&self) -> usize {
         self.input_width * self.hidden
     }
 
-    fn elements(&self) -> usize {
+    pub fn elements(&self) -> usize {
         self.input_elements() + self.hidden * self.inner
     }
 }

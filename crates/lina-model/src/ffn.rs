@@ -34,7 +34,8 @@ pub(crate) fn activate_backward(
     }
 }
 
-fn two_matrix(kind: FfnKind) -> Option<Activation> {
+/// The nonlinearity of a network of two matrices; `None` with a gate.
+pub(crate) fn two_matrix(kind: FfnKind) -> Option<Activation> {
     match kind {
         FfnKind::SwiGlu => None,
         FfnKind::Relu => Some(Activation::Relu),
@@ -154,6 +155,6 @@ impl DenseFfn {
     }
 }
 
-fn input_width(config: &ModelConfig) -> usize {
+pub(crate) fn input_width(config: &ModelConfig) -> usize {
     config.ffn.input_matrices() * config.dense_hidden
 }

@@ -18,7 +18,7 @@ pub(crate) fn apply(
     step: &StepContext,
     layer: usize,
 ) {
-    let stream = mix(mix(mix(step.seed) ^ step.step) ^ layer as u64);
+    let stream = stream(step, layer);
     let rows = values.len() / width;
     compute.parallel_rows(rows, BLOCK_ROWS, RowsMut::new(values, width), |range, block| {
         for (row, values) in range.zip(block.chunks_exact_mut(width)) {
@@ -30,6 +30,11 @@ pub(crate) fn apply(
             }
         }
     });
+}
+
+/// What a layer's factors of one step are drawn from.
+pub(crate) fn stream(step: &StepContext, layer: usize) -> u64 {
+    mix(mix(mix(step.seed) ^ step.step) ^ layer as u64)
 }
 
 /// The output function of SplitMix64 (Steele et al., 2014).

@@ -8,7 +8,8 @@
 //! | how do weights get in and out? | [`Checkpoint`], [`FolderWriter`] |
 //! | what does a pass compute, in which order? | [`Model`] (`decoder`), with `attention`, `ffn`, `moe` |
 //! | which token's row goes where? | `routing` |
-//! | what does a step of inference compute? | [`InferenceModel`] (`inference`) |
+//! | what does a pass on a GPU launch? | `CudaModel` (`cuda`, with the feature of this name) |
+//! | what does a step of inference compute? | [`InferenceModel`] (`inference`), on a GPU `CudaInferenceModel` |
 //! | how much memory does a rank need? | [`memory_plan`] |
 //!
 //! The crate hands all-to-alls and gradients to a [`lina_comm::Comm`] and is told by it how many pipeline chunks to
@@ -19,6 +20,8 @@ mod attention;
 mod batch;
 mod checkpoint;
 mod config;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod decoder;
 mod exchanges;
 mod experts;
@@ -39,6 +42,11 @@ pub use checkpoint::{Checkpoint, CheckpointError, FolderWriter};
 pub use config::{
     AuxLoss, ConfigError, FfnKind, ModelConfig, ModelKind, ModelSection, NormKind, PositionKind, QkNorm, RouterConfig,
     Sizes, SpecialTokens,
+};
+#[cfg(feature = "cuda")]
+pub use cuda::{
+    CudaInferenceModel, CudaModel, CudaModelError, CudaMoeLayer, DeviceGradients, DeviceRank, DeviceWeights, RowRoute,
+    SharedExperts, measure_device_costs,
 };
 pub use decoder::{Model, ModelLimits};
 pub use inference::{

@@ -19,10 +19,10 @@
 mod backward;
 mod forward;
 
-use lina_comm::{AllToAllKind, CommError, Direction, Leg, Ticket, WorkKind};
+use lina_comm::{AllToAllKind, Comm, CommError, Direction, Leg, Ticket, WorkKind};
 use lina_plan::{ExpertLayout, GroupId};
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, RouterConfig};
 use crate::exchanges::ExchangePool;
 use crate::experts::ExpertShape;
 use crate::ffn::FfnScratch;
@@ -68,42 +68,51 @@ pub struct RouterLosses {
     pub z: f64,
 }
 
+impl RouterLosses {
+    /// Their sum with the coefficients of `router`.
+    pub(crate) fn weighted(&self, router: &RouterConfig) -> f64 {
+        f64::from(router.aux_loss_coefficient) * self.balance + f64::from(router.z_loss_coefficient) * self.z
+    }
+}
+
 /// How a layer routed the tokens of the last forward.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerRouting<'a> {
-    moe: &'a Moe,
-    routes: &'a Routes,
+    pub(crate) plan: &'a RoutingPlan,
+    pub(crate) routes: &'a Routes,
+    pub(crate) losses: RouterLosses,
+    pub(crate) expert_index: Option<&'a [u32]>,
 }
 
-impl LayerRouting<'_> {
+impl<'a> LayerRouting<'a> {
     /// This rank's assignments to `expert`, before capacity.
     pub fn local_assignments(&self, expert: usize) -> u64 {
-        self.moe.plan.local_assignments(self.routes, expert)
+        self.plan.local_assignments(self.routes, expert)
     }
 
     /// All ranks' assignments to `expert`, before capacity: the same number on all ranks.
     pub fn global_assignments(&self, expert: usize) -> u64 {
-        self.moe.plan.global_assignments(self.routes, expert)
+        self.plan.global_assignments(self.routes, expert)
     }
 
     /// This rank's assignments that exceeded their expert's capacity.
     pub fn dropped(&self) -> u64 {
-        self.moe.plan.dropped
+        self.plan.dropped
     }
 
     /// Rows that this rank's experts worked on.
     pub fn expert_rows(&self) -> usize {
-        self.moe.plan.rows()
+        self.plan.rows()
     }
 
     /// This rank's share of the router losses.
     pub fn losses(&self) -> RouterLosses {
-        self.moe.losses
+        self.losses
     }
 
-    /// Experts chosen for each local token, `[tokens, top_k]`, most probable first.
-    pub fn expert_index(&self) -> &[u32] {
-        &self.moe.expert_index[..self.moe.plan.position.len()]
+    /// Experts chosen for each local token, `[tokens, top_k]`, most probable first; `None` where they are on a device.
+    pub fn expert_index(&self) -> Option<&'a [u32]> {
+        self.expert_index
     }
 }
 
@@ -184,7 +193,8 @@ impl Moe {
 
     /// How the last forward routed.
     pub fn routing<'a>(&'a self, routes: &'a Routes) -> LayerRouting<'a> {
-        LayerRouting { moe: self, routes }
+        let expert_index = Some(&self.expert_index[..self.plan.position.len()]);
+        LayerRouting { plan: &self.plan, routes, losses: self.losses, expert_index }
     }
 
     /// Elements held whatever the routing.
@@ -194,23 +204,20 @@ impl Moe {
 
     /// Assignments dropped and the router losses with their coefficients, of the last forward.
     pub fn outcome(&self, config: &ModelConfig) -> (u64, f64) {
-        let router = &config.router;
-        let loss = f64::from(router.aux_loss_coefficient) * self.losses.balance
-            + f64::from(router.z_loss_coefficient) * self.losses.z;
-        (self.plan.dropped, loss)
+        (self.plan.dropped, self.losses.weighted(&config.router))
     }
 }
 
 /// The exchanges of one layer in one direction.
 #[derive(Clone, Copy, Debug)]
-struct Steps {
-    direction: Direction,
-    layer: usize,
-    chunks: usize,
+pub(crate) struct Steps {
+    pub direction: Direction,
+    pub layer: usize,
+    pub chunks: usize,
 }
 
 impl Steps {
-    fn kind(&self, leg: Leg, chunk: usize) -> AllToAllKind {
+    pub fn kind(&self, leg: Leg, chunk: usize) -> AllToAllKind {
         AllToAllKind {
             direction: self.direction,
             leg,
@@ -219,6 +226,30 @@ impl Steps {
             chunks: self.chunks as u32,
         }
     }
+}
+
+/// Tells all ranks this rank's counts, and learns theirs.
+pub(crate) fn exchange_counts(
+    comm: &mut Comm,
+    exchanges: &mut ExchangePool,
+    routes: &Routes,
+    plan: &mut RoutingPlan,
+    layer: usize,
+) -> Result<(), CommError> {
+    let len = RoutingPlan::message_len(routes, plan.chunks.len());
+    let messages = vec![1; comm.ranks()];
+    let kind = Steps { direction: Direction::Forward, layer, chunks: 1 }.kind(Leg::Counts, 0);
+    let mut exchange = exchanges.take(kind, len, &messages, &messages, None);
+    for message in exchange.send.chunks_exact_mut(len).take(messages.len()) {
+        plan.write_message(routes, message);
+    }
+    let ticket = comm.all_to_all(exchange)?;
+    let exchange = comm.wait(ticket)?;
+    for (source, message) in exchange.recv.chunks_exact(len).take(messages.len()).enumerate() {
+        plan.read_message(routes, source, message);
+    }
+    exchanges.put(exchange, None);
+    Ok(())
 }
 
 /// Waits for a chunk's rows and puts them into expert-major `rows`.

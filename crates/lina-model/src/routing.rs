@@ -11,6 +11,8 @@ use std::ops::Range;
 use lina_kernels::DROPPED;
 use lina_plan::{ExpertLayout, chunk_range};
 
+use crate::config::AuxLoss;
+
 /// Which way tokens can go, fixed by the layout.
 #[derive(Debug)]
 pub(crate) struct Routes {
@@ -159,6 +161,10 @@ pub(crate) struct RoutingPlan {
     first_choices: Vec<u32>,
     /// As `assigned`, within capacity.
     kept: Vec<u32>,
+    /// `[chunks, experts]`: first of this rank's rows for each expert, within its chunk's rows.
+    pub row_starts: Vec<u32>,
+    /// `[chunks, experts]`: end of those rows.
+    pub row_ends: Vec<u32>,
     /// Counters of one value per expert.
     next: Vec<u32>,
 }
@@ -192,6 +198,22 @@ impl RoutingPlan {
         for token in index.chunks_exact(top_k) {
             first_choices[token[0] as usize] += 1;
         }
+    }
+
+    /// As [`count`](Self::count), where a device has counted: `counts` is `[chunks + 1, experts]`, assignments of each chunk
+    /// and then first choices.
+    #[cfg(feature = "cuda")]
+    pub fn take_counts(&mut self, routes: &Routes, tokens: usize, chunks: usize, counts: &[u32]) {
+        let Routes { rank, ranks, experts, .. } = *routes;
+        reset(&mut self.assigned, ranks * chunks * experts);
+        reset(&mut self.first_choices, ranks * experts);
+        self.chunks.resize_with(chunks, ChunkPlan::default);
+        for (number, chunk) in self.chunks.iter_mut().enumerate() {
+            chunk.reset(chunk_range(tokens, chunks, number), ranks);
+        }
+        let (assigned, first_choices) = counts.split_at(chunks * experts);
+        self.assigned[rank * chunks * experts..][..chunks * experts].copy_from_slice(assigned);
+        self.first_choices[rank * experts..][..experts].copy_from_slice(first_choices);
     }
 
     /// Writes this rank's message for another; counts travel as the bits of floats.
@@ -239,10 +261,26 @@ impl RoutingPlan {
         self.first_choices.iter().map(|&count| u64::from(count)).sum()
     }
 
+    /// What a unit more of an expert's probability, in one token, adds to the load-balancing loss.
+    pub fn balance_slope(&self, routes: &Routes, loss: AuxLoss, expert: usize) -> f64 {
+        let tokens = self.global_tokens().max(1) as f64;
+        let chosen = match loss {
+            AuxLoss::Gshard => self.global_first_choices(routes, expert),
+            AuxLoss::Switch | AuxLoss::None => self.global_assignments(routes, expert),
+        };
+        routes.experts as f64 * (chosen as f64 / tokens) / tokens
+    }
+
     /// Decides every row's place, once all ranks' counts are known.
     pub fn place(&mut self, routes: &Routes, index: &[u32], capacity_factor: Option<f32>) {
+        self.place_counts(routes, capacity_factor);
+        self.place_tokens(routes, index);
+    }
+
+    /// The part of [`place`](Self::place) that needs counts alone: where each expert's rows are, not which token is which.
+    pub fn place_counts(&mut self, routes: &Routes, capacity_factor: Option<f32>) {
         self.keep(routes, capacity_factor);
-        self.place_sent(routes, index);
+        self.place_sent(routes);
         self.place_received(routes);
     }
 
@@ -263,38 +301,53 @@ impl RoutingPlan {
         }
     }
 
-    fn place_sent(&mut self, routes: &Routes, index: &[u32]) {
-        let Routes { rank, experts, top_k, .. } = *routes;
+    fn place_sent(&mut self, routes: &Routes) {
+        let Routes { rank, experts, .. } = *routes;
         let chunks = self.chunks.len();
-        self.position.clear();
-        self.token_of_row.clear();
-        self.dropped = 0;
+        reset(&mut self.row_starts, chunks * experts);
+        reset(&mut self.row_ends, chunks * experts);
+        let mut first = 0;
         for (number, chunk) in self.chunks.iter_mut().enumerate() {
-            let kept = &self.kept[(rank * chunks + number) * experts..][..experts];
-            reset(&mut self.next, 2 * experts);
-            let (next, end) = self.next.split_at_mut(experts);
+            let of_chunk = number * experts..(number + 1) * experts;
+            let kept = &self.kept[rank * chunks * experts..][of_chunk.clone()];
+            let (starts, ends) = (&mut self.row_starts[of_chunk.clone()], &mut self.row_ends[of_chunk]);
             let mut rows = 0;
             for &expert in &routes.send_order {
-                next[expert] = rows;
+                starts[expert] = rows;
                 rows += kept[expert];
-                end[expert] = rows;
+                ends[expert] = rows;
                 chunk.send_rows[routes.destination[expert]] += kept[expert] as usize;
             }
-            let first = self.token_of_row.len();
             chunk.sent = first..first + rows as usize;
-            self.token_of_row.resize(chunk.sent.end, 0);
-            let token_of_row = &mut self.token_of_row[first..];
+            first = chunk.sent.end;
+        }
+        let own = |counts: &[u32]| -> u64 {
+            counts[rank * chunks * experts..][..chunks * experts].iter().map(|&count| u64::from(count)).sum()
+        };
+        self.dropped = own(&self.assigned) - own(&self.kept);
+    }
+
+    /// Gives every assignment its row: in (token, slot) order within each expert's rows of a chunk.
+    fn place_tokens(&mut self, routes: &Routes, index: &[u32]) {
+        let Routes { experts, top_k, .. } = *routes;
+        self.position.clear();
+        reset(&mut self.token_of_row, self.chunks.last().map_or(0, |chunk| chunk.sent.end));
+        for (number, chunk) in self.chunks.iter().enumerate() {
+            let of_chunk = number * experts..(number + 1) * experts;
+            self.next.clear();
+            self.next.extend_from_slice(&self.row_starts[of_chunk.clone()]);
+            let ends = &self.row_ends[of_chunk];
+            let token_of_row = &mut self.token_of_row[chunk.sent.clone()];
             for token in chunk.tokens.clone() {
                 for &expert in &index[token * top_k..][..top_k] {
                     let expert = expert as usize;
-                    let row = next[expert];
-                    if row == end[expert] {
+                    let row = self.next[expert];
+                    if row == ends[expert] {
                         self.position.push(DROPPED);
-                        self.dropped += 1;
                     } else {
                         self.position.push(row);
                         token_of_row[row as usize] = token as u32;
-                        next[expert] += 1;
+                        self.next[expert] += 1;
                     }
                 }
             }

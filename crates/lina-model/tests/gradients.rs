@@ -33,7 +33,10 @@ fn loss(model: &mut Model, input: &[u32], target: &[u32]) -> f64 {
 
 fn choices(model: &Model) -> Vec<Vec<u32>> {
     let layers = 0..model.config().layers;
-    layers.filter_map(|layer| model.routing(layer)).map(|routing| routing.expert_index().to_vec()).collect()
+    layers
+        .filter_map(|layer| model.routing(layer))
+        .map(|routing| routing.expert_index().expect("on the host").to_vec())
+        .collect()
 }
 
 fn check(name: &str, config: ModelConfig) {

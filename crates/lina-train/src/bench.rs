@@ -12,7 +12,7 @@ use lina_comm::Comm;
 use lina_plan::{ExpertLayout, Schedule};
 
 use crate::TrainError;
-use crate::config::{BenchConfig, Engine, RunConfig};
+use crate::config::{BenchConfig, RunConfig};
 use crate::data::load_data;
 use crate::diagnose::network_sentence;
 use crate::gather::gather_samples;
@@ -67,7 +67,7 @@ pub fn bench_train(options: BenchOptions) -> Result<BenchSummary, TrainError> {
     MemoryPlan::new(&config, &experts, loaded.bytes).check(config.cluster.memory_limit_bytes())?;
     let plan = BenchPlan::with_studies(&config, &bench, &studies, loaded.bytes)?;
     let job = |comm: &mut Comm| {
-        let mut worker = prepared_worker(&config, &loaded.data, &experts, comm.rank())?;
+        let mut worker = prepared_worker(&config, &loaded.data, &experts, comm)?;
         let rank = comm.rank();
         for step in 0..settle_steps {
             worker.step(comm, step, false)?;
@@ -101,7 +101,7 @@ pub(crate) fn samples_of_ranks(
     comm: &mut Comm,
     own: Vec<Sample>,
 ) -> Result<Vec<Vec<Sample>>, TrainError> {
-    if config.cluster.engine == Engine::Mpi { Ok(gather_samples(comm, own)?) } else { Ok(vec![own]) }
+    if config.cluster.engine.has_processes() { Ok(gather_samples(comm, own)?) } else { Ok(vec![own]) }
 }
 
 /// A worker with its first weights: those of the configuration's folder, or random ones.
@@ -109,9 +109,9 @@ pub(crate) fn prepared_worker<'a>(
     config: &'a RunConfig,
     data: &'a lina_data::TrainingData,
     experts: &ExpertLayout,
-    rank: usize,
+    comm: &mut Comm,
 ) -> Result<Worker<'a>, TrainError> {
-    let mut worker = Worker::new(config, data, experts, rank)?;
+    let mut worker = Worker::new(config, data, experts, comm)?;
     match &config.model_folder() {
         Some(folder) => crate::checkpoint::load(&mut worker, folder, false)?,
         None => {
@@ -119,6 +119,7 @@ pub(crate) fn prepared_worker<'a>(
             parameters.initialise(layout, config.train.seed);
         }
     }
+    worker.to_device()?;
     Ok(worker)
 }
 

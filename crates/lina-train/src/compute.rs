@@ -77,11 +77,33 @@ impl ComputeSummary {
     }
 }
 
+/// A step on one rank: on the processor, or on its GPU.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub enum StepSummary {
+    /// Engine `local`.
+    Processor(Box<ComputeSummary>),
+    /// Engine `nccl`.
+    #[cfg(feature = "cuda")]
+    Gpu(crate::DeviceStepSummary),
+}
+
+impl StepSummary {
+    /// The figures as tables for a terminal.
+    pub fn table(&self) -> String {
+        match self {
+            StepSummary::Processor(summary) => summary.table(),
+            #[cfg(feature = "cuda")]
+            StepSummary::Gpu(summary) => summary.table(),
+        }
+    }
+}
+
 /// Measures `rounds` rounds on one rank.
 ///
 /// # Errors
 /// Bad configuration or data, or more ranks than one.
-pub fn bench_compute(config: RunConfig, rounds: usize) -> Result<ComputeSummary, TrainError> {
+pub fn bench_compute(config: RunConfig, rounds: usize) -> Result<StepSummary, TrainError> {
     if config.cluster.ranks != 1 || config.is_emulated() {
         return Err(TrainError::Input(format!(
             "cluster.ranks is {}{}, expected one rank that is not emulated",
@@ -89,12 +111,16 @@ pub fn bench_compute(config: RunConfig, rounds: usize) -> Result<ComputeSummary,
             if config.is_emulated() { " and the cluster is emulated" } else { "" }
         )));
     }
+    #[cfg(feature = "cuda")]
+    if config.cluster.engine.has_gpus() {
+        return crate::device_step::bench_device_step(&config, rounds).map(StepSummary::Gpu);
+    }
     let loaded = load_data(&config)?;
     let experts = ExpertLayout::new(config.model.experts, 1, None).map_err(TrainError::input)?;
     let memory = MemoryPlan::new(&config, &experts, loaded.bytes);
     memory.check(config.cluster.memory_limit_bytes())?;
     let mut comm = Comm::solo();
-    let mut worker = prepared_worker(&config, &loaded.data, &experts, 0)?;
+    let mut worker = prepared_worker(&config, &loaded.data, &experts, &mut comm)?;
     let threads = worker.model.compute().threads();
     let mut next_step = 0..;
     let mut step = |worker: &mut crate::worker::Worker<'_>, comm: &mut Comm| -> Result<(), TrainError> {
@@ -142,7 +168,7 @@ pub fn bench_compute(config: RunConfig, rounds: usize) -> Result<ComputeSummary,
     let openblas_ms = (!peers.is_empty()).then(|| median(&peers));
     let mut parts: Vec<(String, f64)> = parts.iter().map(|(name, ms)| (name.to_string(), median(ms))).collect();
     parts.sort_by(|a, b| b.1.total_cmp(&a.1));
-    Ok(ComputeSummary {
+    Ok(StepSummary::Processor(Box::new(ComputeSummary {
         threads,
         tokens: config.train.batch_sequences * config.train.sequence_tokens,
         rounds,
@@ -157,7 +183,7 @@ pub fn bench_compute(config: RunConfig, rounds: usize) -> Result<ComputeSummary,
         parts,
         memory,
         peak_rss_bytes,
-    })
+    })))
 }
 
 fn time_ms(run: impl FnOnce() -> Result<(), TrainError>) -> Result<f64, TrainError> {

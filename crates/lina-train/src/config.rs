@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use document::Override;
 pub use error::ConfigError;
-pub use sections::{BenchConfig, ClusterConfig, DeviceConfig, Engine, LinkConfig, PolicyConfig, TrainConfig};
+pub use sections::{BenchConfig, ClusterConfig, DeviceConfig, Engine, LinkConfig, PolicyConfig, Scalar, TrainConfig};
 
 use crate::launcher::launched_ranks;
 use document::Document;
@@ -210,9 +210,9 @@ pub fn load_sections<T: ClusterSections>(file: &Path, overrides: &[Override]) ->
     Ok(sections)
 }
 
-/// On MPI, ranks need not be written.
+/// Where ranks are processes, their number need not be written.
 fn take_launched_ranks(document: &Document, cluster: &mut ClusterConfig) {
-    if cluster.engine == Engine::Mpi && document.origin("cluster.ranks").is_none() {
+    if cluster.engine.has_processes() && document.origin("cluster.ranks").is_none() {
         cluster.ranks = launched_ranks().unwrap_or(cluster.ranks);
     }
 }

@@ -99,6 +99,13 @@ pub fn diagnose_ranks(engine: Engine, ranks: usize) -> Result<RankDiagnosis, Tra
              mpi as many as `mpirun -np N` starts"
         )));
     }
+    if engine.has_gpus() {
+        let engine = engine.name();
+        return Err(TrainError::Input(format!(
+            "ranks of engine {engine} are not measured against each other, expected engine local or mpi; `lina bench \
+             train` shows what engine {engine} takes"
+        )));
+    }
     let cluster = ClusterConfig { engine, ranks, ..ClusterConfig::default() };
     let layout = ExpertLayout::new(ranks, ranks, None).map_err(TrainError::input)?;
     let rules = PolicyRules::new(Policy::Fair, &PolicySettings::default());

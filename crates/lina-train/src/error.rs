@@ -16,6 +16,10 @@ pub enum TrainError {
     /// A rank was lost, or this one was told that another was.
     #[error(transparent)]
     Lost(#[from] CommError),
+    /// The GPU failed.
+    #[cfg(feature = "cuda")]
+    #[error("the GPU failed: {0}")]
+    Device(lina_cuda::CudaError),
     /// Stopped on request; what was reached is in the checkpoint.
     #[error("interrupted after step {step}; {}", match checkpoint {
         Some(path) => format!("the checkpoint is in {}", path.display()),
@@ -35,6 +39,8 @@ impl TrainError {
         match self {
             TrainError::Input(_) => 2,
             TrainError::Lost(_) => 1,
+            #[cfg(feature = "cuda")]
+            TrainError::Device(_) => 1,
             TrainError::Interrupted { .. } => 130,
         }
     }
@@ -45,10 +51,23 @@ impl TrainError {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl From<lina_cuda::CudaError> for TrainError {
+    fn from(error: lina_cuda::CudaError) -> Self {
+        match error {
+            // What is missing or does not suffice is the environment's or the configuration's.
+            error @ lina_cuda::CudaError::Call { .. } => TrainError::Device(error),
+            error => TrainError::input(error),
+        }
+    }
+}
+
 impl From<StepError> for TrainError {
     fn from(error: StepError) -> Self {
         match error {
             StepError::Comm(error) => TrainError::Lost(error),
+            #[cfg(feature = "cuda")]
+            StepError::Cuda(error) => error.into(),
             error => TrainError::input(error),
         }
     }

@@ -5,13 +5,15 @@ use std::path::PathBuf;
 use lina_comm::Comm;
 use lina_data::{EvalWindows, Sources, TokenStream, Tokenizer};
 use lina_kernels::Compute;
-use lina_model::{Batch, Checkpoint, Model, ModelConfig, ModelLimits, StepContext};
+use lina_model::{Batch, Checkpoint, ForwardOutput, Model, ModelConfig, ModelLimits, StepContext};
+#[cfg(feature = "cuda")]
+use lina_model::{CudaModel, Parameters};
 use lina_plan::{ExpertLayout, Policy, PolicyRules, PolicySettings, share_range};
 use serde::Serialize;
 
 use crate::TrainError;
 use crate::config::check::{MAX_RANKS, MAX_THREADS};
-use crate::config::{ClusterConfig, Engine};
+use crate::config::{ClusterConfig, Engine, Scalar};
 use crate::job::run_job;
 use crate::memory::MemoryPlan;
 
@@ -28,6 +30,8 @@ pub struct EvalOptions {
     pub ranks: usize,
     /// What carries their messages.
     pub engine: Engine,
+    /// On GPUs, how they store activations and multiply; none computes on processors.
+    pub gpu: Option<Scalar>,
     /// Compute threads of a rank; 0 for an even share of the cores.
     pub threads: usize,
     /// No progress on stderr.
@@ -63,6 +67,7 @@ pub fn eval(options: EvalOptions) -> Result<EvalSummary, TrainError> {
             return Err(TrainError::Input(format!("{option} is {value}, expected a number from {first} to {last}")));
         }
     }
+    check_device(&options)?;
     let config = ModelConfig::from_folder(&options.model).map_err(TrainError::input)?;
     let window = options.sequence_tokens.unwrap_or(config.max_positions.min(DEFAULT_WINDOW_TOKENS));
     if window < 2 || window > config.max_positions {
@@ -92,13 +97,10 @@ pub fn eval(options: EvalOptions) -> Result<EvalSummary, TrainError> {
 
     let job = |comm: &mut Comm| -> Result<[f64; 2], TrainError> {
         let (rank, ranks) = (comm.rank(), comm.ranks());
-        let compute = Compute::new(cluster.threads_of(ranks));
-        let mut model =
-            Model::new(config.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
-        {
-            let (_, layout, parameters) = model.for_update();
-            Checkpoint::open(&options.model)?.load(layout, parameters)?;
-        }
+        let mut model = match options.gpu {
+            None => Evaluated::on_host(&options, &config, &experts, limits, rank, &cluster)?,
+            Some(dtype) => Evaluated::on_gpu(&options, &config, &experts, limits, comm, dtype)?,
+        };
         let (mut input, mut target, mut sequences) = (Vec::new(), Vec::new(), Vec::new());
         let mut sums = [0.0; 2];
         comm.begin_evaluation(0)?;
@@ -114,7 +116,7 @@ pub fn eval(options: EvalOptions) -> Result<EvalSummary, TrainError> {
                 sequences.push(tokens.len());
             }
             let batch = Batch { input: &input, target: &target, sequences: &sequences };
-            let output = model.forward(comm, batch, StepContext::evaluation())?;
+            let output = model.forward(comm, batch)?;
             sums[0] += output.loss_sum;
             sums[1] += output.target_tokens as f64;
         }
@@ -126,4 +128,90 @@ pub fn eval(options: EvalOptions) -> Result<EvalSummary, TrainError> {
     let [loss_sum, tokens] = run_job(&cluster, &experts, rules, &identity, job)?.ranks[0];
     let loss = loss_sum / tokens;
     Ok(EvalSummary { loss, perplexity: loss.exp(), tokens: tokens as u64 })
+}
+
+/// Refuses what ranks cannot compute on.
+fn check_device(options: &EvalOptions) -> Result<(), TrainError> {
+    let (engine, ranks) = (options.engine, options.ranks);
+    if options.gpu.is_some() && !engine.has_gpus() && ranks > 1 {
+        return Err(TrainError::Input(format!(
+            "--device is cuda for {ranks} ranks on engine `{}`, expected one rank, or engine nccl",
+            engine.name()
+        )));
+    }
+    if options.gpu.is_none() && engine.has_gpus() {
+        return Err(TrainError::Input(format!(
+            "--device is cpu, expected cuda: ranks of engine `{}` compute on GPUs",
+            engine.name()
+        )));
+    }
+    Ok(())
+}
+
+/// One rank's model, on a processor or a GPU.
+enum Evaluated {
+    Host(Box<Model>),
+    #[cfg(feature = "cuda")]
+    Cuda(Box<CudaModel>),
+}
+
+impl Evaluated {
+    fn on_host(
+        options: &EvalOptions,
+        config: &ModelConfig,
+        experts: &ExpertLayout,
+        limits: ModelLimits,
+        rank: usize,
+        cluster: &ClusterConfig,
+    ) -> Result<Self, TrainError> {
+        let compute = Compute::new(cluster.threads_of(experts.ranks()));
+        let mut model =
+            Model::new(config.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
+        let (_, layout, parameters) = model.for_update();
+        Checkpoint::open(&options.model)?.load(layout, parameters)?;
+        Ok(Evaluated::Host(Box::new(model)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_gpu(
+        options: &EvalOptions,
+        config: &ModelConfig,
+        experts: &ExpertLayout,
+        limits: ModelLimits,
+        comm: &mut Comm,
+        dtype: Scalar,
+    ) -> Result<Self, TrainError> {
+        let gpu = lina_cuda::Gpu::open(crate::nccl_job::rank_device()?)?;
+        comm.set_device(lina_comm::DeviceClock::new(&gpu)?);
+        let dtype = match dtype {
+            Scalar::Float32 => lina_cuda::DType::F32,
+            Scalar::Bfloat16 => lina_cuda::DType::Bf16,
+        };
+        let mut model = CudaModel::new(gpu, config.clone(), experts.clone(), comm.rank(), dtype, limits)?;
+        let mut parameters = Parameters::zeros(model.layout());
+        Checkpoint::open(&options.model)?.load(model.layout(), &mut parameters)?;
+        model.load(&parameters)?;
+        Ok(Evaluated::Cuda(Box::new(model)))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn on_gpu(
+        _: &EvalOptions,
+        _: &ModelConfig,
+        _: &ExpertLayout,
+        _: ModelLimits,
+        _: &mut Comm,
+        _: Scalar,
+    ) -> Result<Self, TrainError> {
+        Err(TrainError::Input("--device is cuda, which this build does not have, expected cpu".to_owned()))
+    }
+
+    fn forward(&mut self, comm: &mut Comm, batch: Batch<'_>) -> Result<ForwardOutput, TrainError> {
+        let step = StepContext::evaluation();
+        Ok(match self {
+            Evaluated::Host(model) => model.forward(comm, batch, step)?,
+            #[cfg(feature = "cuda")]
+            Evaluated::Cuda(model) => model.forward(comm, batch, step)?,
+        })
+    }
 }

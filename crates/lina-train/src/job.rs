@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use lina_comm::emulated::{Device, EmulatedCluster, EmulatedConfig};
@@ -11,11 +12,20 @@ use lina_comm::{Comm, CommError, StepBound};
 use lina_plan::{ExpertLayout, PolicyRules};
 
 use crate::TrainError;
-use crate::config::{ClusterConfig, Engine};
+use crate::config::ClusterConfig;
 use crate::panics::{RANK_THREAD, panic_reason};
 
 /// Stack of a rank's thread.
 const STACK_BYTES: usize = 8 << 20;
+
+/// What to say when the job is lost while this rank computes.
+pub(crate) static LAST_WORDS: OnceLock<fn(&CommError)> = OnceLock::new();
+
+/// From now on, a process whose job is lost calls `last_words` if its computation has not come to an end soon after:
+/// a launcher kills it shortly. They should say the error and end the process. Only the first call counts.
+pub fn set_last_words(last_words: fn(&CommError)) {
+    LAST_WORDS.get_or_init(|| last_words);
+}
 
 /// What all ranks came to.
 pub struct JobOutcome<R> {
@@ -25,7 +35,7 @@ pub struct JobOutcome<R> {
     pub bounds: Vec<StepBound>,
 }
 
-/// Runs `rank_main` on every rank of `cluster` until all have ended; on MPI, on this process's rank, where `identity`
+/// Runs `rank_main` on every rank of `cluster` until all have ended; where ranks are processes, on this one's, and `identity`
 /// must be the same text on all ranks.
 ///
 /// # Errors
@@ -37,7 +47,7 @@ pub fn run_job<R: Send>(
     identity: &str,
     rank_main: impl Fn(&mut Comm) -> Result<R, TrainError> + Sync,
 ) -> Result<JobOutcome<R>, TrainError> {
-    if cluster.engine == Engine::Mpi {
+    if cluster.engine.has_processes() {
         return run_process(cluster, experts, rules, identity, rank_main);
     }
     let ranks = experts.ranks();
@@ -110,6 +120,28 @@ pub fn run_job<R: Send>(
     Ok(JobOutcome { ranks: outcome, bounds })
 }
 
+/// Runs `rank_main` on this process's rank.
+#[cfg_attr(
+    not(any(feature = "mpi", feature = "cuda")),
+    expect(unused_variables, reason = "there is no engine to give them to")
+)]
+fn run_process<R>(
+    cluster: &ClusterConfig,
+    experts: &ExpertLayout,
+    rules: PolicyRules,
+    identity: &str,
+    rank_main: impl Fn(&mut Comm) -> Result<R, TrainError>,
+) -> Result<JobOutcome<R>, TrainError> {
+    match cluster.engine {
+        #[cfg(feature = "mpi")]
+        crate::config::Engine::Mpi => crate::mpi_job::run(cluster, experts, rules, identity, rank_main),
+        #[cfg(feature = "cuda")]
+        crate::config::Engine::Nccl => crate::nccl_job::run(cluster, experts, rules, identity, rank_main),
+        // The configuration has been checked: no run gets here.
+        engine => Err(TrainError::Input(format!("this build has no engine `{}` between processes", engine.name()))),
+    }
+}
+
 /// Gives the rank's device memory of its own, where the configuration does.
 pub(crate) fn emulate_copies(cluster: &ClusterConfig, comm: &mut Comm) {
     if let Some(device) = cluster.device.filter(|device| device.memory_gib.is_some()) {
@@ -129,21 +161,6 @@ pub(crate) fn run_rank<R>(
         comm.fail(own_reason(error));
     }
     result
-}
-
-#[cfg(feature = "mpi")]
-use crate::mpi_job::run as run_process;
-
-/// The configuration has been checked: no run gets here.
-#[cfg(not(feature = "mpi"))]
-fn run_process<R>(
-    _cluster: &ClusterConfig,
-    _experts: &ExpertLayout,
-    _rules: PolicyRules,
-    _identity: &str,
-    _rank_main: impl Fn(&mut Comm) -> Result<R, TrainError>,
-) -> Result<JobOutcome<R>, TrainError> {
-    Err(TrainError::Input("this build has no engine `mpi`; build it with `--features mpi`".to_owned()))
 }
 
 /// What a rank tells the others of its error: the reason without the rank's name, which they add.

@@ -1,12 +1,13 @@
 //! What a run takes in memory: predicted before anything is allocated, measured at the end.
 
-use lina_model::{ModelConfig, ModelLimits, memory_plan};
+use lina_model::{ModelConfig, ModelLimits, ParameterLayout, memory_plan};
 use lina_plan::ExpertLayout;
 use lina_report::{Align, Table};
 use serde::Serialize;
 
 use crate::TrainError;
 use crate::config::RunConfig;
+use crate::launcher::launched_rank;
 use crate::worker::model_limits;
 
 /// Bytes that a process takes besides what it plans: program, threads, allocator.
@@ -29,6 +30,9 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// Predicts what `config` takes on the ranks of `experts`, with `data_bytes` of tokens and text.
     pub(crate) fn new(config: &RunConfig, experts: &ExpertLayout, data_bytes: u64) -> Self {
+        if config.cluster.engine.has_gpus() {
+            return Self::beside_gpu(config, experts, data_bytes);
+        }
         Self::of_ranks(&config.model, experts, model_limits(config, experts.ranks()), data_bytes, true)
     }
 
@@ -40,6 +44,14 @@ impl MemoryPlan {
         data_bytes: u64,
     ) -> Self {
         Self::of_ranks(model, experts, limits, data_bytes, false)
+    }
+
+    /// What this process's rank takes beside its GPU: the weights and moments that checkpoints are made of.
+    fn beside_gpu(config: &RunConfig, experts: &ExpertLayout, data_bytes: u64) -> Self {
+        let rank = launched_rank().unwrap_or(0).min(experts.ranks() - 1);
+        let layout = ParameterLayout::new(&config.model, experts.held_by(rank));
+        let bytes = ((layout.dense_len() + layout.experts_len()) * size_of::<f32>()) as u64;
+        Self::of_parts(&[("parameters", bytes), ("optimizer state", 2 * bytes), ("data", data_bytes)])
     }
 
     fn of_ranks(

@@ -1,24 +1,14 @@
 //! A job on MPI: this process is one of its ranks.
 
-use std::sync::OnceLock;
 use std::time::Duration;
 
-use lina_comm::mpi::{LastWords, MpiConfig, MpiJob};
-use lina_comm::{Comm, CommError};
+use lina_comm::Comm;
+use lina_comm::mpi::{MpiConfig, MpiJob};
 use lina_plan::{ExpertLayout, PolicyRules};
 
 use crate::TrainError;
 use crate::config::ClusterConfig;
-use crate::job::{JobOutcome, emulate_copies, run_rank};
-
-/// What to say when the job is lost while this rank computes.
-static LAST_WORDS: OnceLock<fn(&CommError)> = OnceLock::new();
-
-/// From now on, a process whose job is lost calls `last_words` if its computation has not come to an end soon after:
-/// a launcher kills it shortly. They should say the error and end the process. Only the first call counts.
-pub fn set_last_words(last_words: LastWords) {
-    LAST_WORDS.get_or_init(|| last_words);
-}
+use crate::job::{JobOutcome, LAST_WORDS, emulate_copies, run_rank};
 
 /// Runs `rank_main` on this process's rank. `identity` must be the same text on all ranks.
 ///

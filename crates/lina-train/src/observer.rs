@@ -1,13 +1,12 @@
 //! What rank 0 writes down and shows while a run goes on.
 
-use lina_model::Model;
 use lina_plan::PolicySettings;
 use lina_report::{LayerLoad, MetricsWriter, Progress, StepProgress, StepTime};
 use serde::Serialize;
 
 use crate::TrainError;
 use crate::config::RunConfig;
-use crate::worker::StepOutcome;
+use crate::worker::{StepOutcome, Worker};
 
 /// A line of `metrics.jsonl`. Times are virtual where `emulated`.
 #[derive(Clone, Debug, Serialize)]
@@ -112,7 +111,7 @@ impl Observer {
         step: u64,
         outcome: &StepOutcome,
         settings: &PolicySettings,
-        model: &Model,
+        worker: &Worker<'_>,
     ) -> Result<(), TrainError> {
         let ms = |nanos: u64| nanos as f64 / 1e6;
         let stats = &outcome.stats;
@@ -128,7 +127,7 @@ impl Observer {
             a2a_blocked_ms: ms(stats.all_to_all_blocked),
             other_blocked_ms: ms(stats.all_reduce_blocked + stats.copy_blocked),
         });
-        let expert_imbalance = self.expert_load(step, model);
+        let expert_imbalance = self.expert_load(step, worker);
         if let Some(metrics) = &mut self.metrics {
             metrics.append(&MetricsLine {
                 step,
@@ -152,7 +151,7 @@ impl Observer {
                 copy_bytes: stats.copy_bytes,
                 deciding_us: stats.deciding_wall as f64 / 1e3,
                 expert_imbalance,
-                experts_per_rank: model.expert_layout().most_per_rank(),
+                experts_per_rank: worker.model.expert_layout().most_per_rank(),
                 ffn_micro_op_ms: outcome.packing.ffn_micro_op_ns / 1e6,
                 a2a_micro_op_ms: outcome.packing.all_to_all_micro_op_ns / 1e6,
                 partition_bytes: settings.partition_bytes,
@@ -171,8 +170,8 @@ impl Observer {
     }
 
     /// Adds the step's assignments up, and returns the worst layer's imbalance.
-    fn expert_load(&mut self, step: u64, model: &Model) -> f64 {
-        let config = model.config();
+    fn expert_load(&mut self, step: u64, worker: &Worker<'_>) -> f64 {
+        let config = worker.model.config();
         let mut worst = 1.0f64;
         let keep = step >= self.load_from;
         if keep && self.record.expert_load.is_empty() {
@@ -181,7 +180,7 @@ impl Observer {
             self.record.expert_load = moe_layers.map(empty).collect();
             self.record.load_steps.0 = step;
         }
-        let routings = (0..config.layers).filter_map(|layer| model.routing(layer));
+        let routings = (0..config.layers).filter_map(|layer| worker.routing(layer));
         for (number, routing) in routings.enumerate() {
             let (mut sum, mut largest) = (0, 0);
             for expert in 0..config.experts {

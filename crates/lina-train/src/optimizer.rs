@@ -4,6 +4,8 @@
 use std::ops::Range;
 
 use lina_kernels::{AdamWStep, Compute, adamw_step, sum_of_squares};
+#[cfg(feature = "cuda")]
+use lina_model::Buffer;
 use lina_model::{Model, ParameterLayout, Parameters, Place};
 
 use crate::config::TrainConfig;
@@ -33,6 +35,33 @@ struct NormPart {
     owner: usize,
     expert: bool,
     range: Range<usize>,
+}
+
+/// What an update of the parameters goes by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Update<'a> {
+    pub(crate) config: &'a TrainConfig,
+    /// Counts from 0.
+    pub(crate) step: u64,
+    /// Gradients are multiplied by it first.
+    pub(crate) grad_scale: f32,
+}
+
+impl Update<'_> {
+    /// The numbers for parameters that decay or do not.
+    pub(crate) fn adam(&self, decay: bool) -> AdamWStep {
+        let (config, count) = (self.config, self.step as i32 + 1);
+        AdamWStep {
+            learning_rate: learning_rate(config, self.step) as f32,
+            beta1: config.beta1,
+            beta2: config.beta2,
+            epsilon: config.epsilon,
+            weight_decay: if decay { config.weight_decay } else { 0.0 },
+            bias_correction1: 1.0 - config.beta1.powi(count),
+            bias_correction2: 1.0 - config.beta2.powi(count),
+            grad_scale: self.grad_scale,
+        }
+    }
 }
 
 /// First and second moments of one flat buffer.
@@ -89,6 +118,20 @@ impl AdamW {
         self.norm_parts.len()
     }
 
+    /// The tensors of `buffer` whose squares this rank sums: their number among all, and where they are.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn own_parts(&self, buffer: Buffer) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let parts = self.norm_parts.iter().enumerate();
+        let own = parts.filter(move |(_, part)| part.owner == self.rank && part.expert == (buffer == Buffer::Experts));
+        own.map(|(number, part)| (number, part.range.clone()))
+    }
+
+    /// Neighbouring dense parameters that decay alike, and whether they do.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn dense_runs(&self) -> impl Iterator<Item = (Range<usize>, bool)> {
+        self.dense_runs.iter().map(|run| (run.range.clone(), run.decay))
+    }
+
     /// Appends each tensor's sum of squared gradients, or 0 where another rank sums it: added over the ranks, the
     /// values do not depend on who held what.
     pub(crate) fn squares(&self, compute: &Compute, parameters: &Parameters, squares: &mut Vec<f64>) {
@@ -101,35 +144,22 @@ impl AdamW {
         }));
     }
 
-    /// Updates this rank's parameters. `step` counts from 0, gradients are multiplied by `grad_scale` first.
+    /// Updates this rank's parameters.
     pub(crate) fn update(
         &mut self,
         (compute, layout, parameters): (&Compute, &ParameterLayout, &mut Parameters),
-        config: &TrainConfig,
-        step: u64,
-        grad_scale: f32,
+        update: &Update<'_>,
     ) {
-        let count = step as i32 + 1;
-        let adam = |decay: bool| AdamWStep {
-            learning_rate: learning_rate(config, step) as f32,
-            beta1: config.beta1,
-            beta2: config.beta2,
-            epsilon: config.epsilon,
-            weight_decay: if decay { config.weight_decay } else { 0.0 },
-            bias_correction1: 1.0 - config.beta1.powi(count),
-            bias_correction2: 1.0 - config.beta2.powi(count),
-            grad_scale,
-        };
         let Parameters { dense, experts, dense_gradients, expert_gradients } = parameters;
         for Run { range, decay } in &self.dense_runs {
             let Moments { first, second } = &mut self.dense;
             let (first, second) = (&mut first[range.clone()], &mut second[range.clone()]);
             let gradients = dense_gradients.range(range.clone());
-            adamw_step(compute, &mut dense[range.clone()], gradients, first, second, &adam(*decay));
+            adamw_step(compute, &mut dense[range.clone()], gradients, first, second, &update.adam(*decay));
         }
         let gradients = expert_gradients.range(0..layout.experts_len());
         let Moments { first, second } = &mut self.experts;
-        adamw_step(compute, experts, gradients, first, second, &adam(true));
+        adamw_step(compute, experts, gradients, first, second, &update.adam(true));
     }
 }
 

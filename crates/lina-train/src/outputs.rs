@@ -46,6 +46,7 @@ pub(crate) fn write_outputs(
         more.push(("emulated link".to_owned(), format!("{} Gbit/s, {} us", link.gbps, link.latency_us)));
         more.push(("emulated device".to_owned(), format!("{} GFLOP/s", device.gflops)));
     }
+    more.extend(config.cluster.emulated_device_sentence().map(|sentence| ("devices".to_owned(), sentence)));
     more.extend(network.map(|sentence| ("network".to_owned(), sentence.to_owned())));
     let report = Report {
         title: format!("{} training", config.model.kind),

@@ -192,6 +192,7 @@ impl Worker<'_> {
         if old == *new {
             return Ok(0);
         }
+        self.to_host()?;
         comm.begin_evaluation(step)?;
         let rank = comm.rank();
         let moves = moves(&old, new);
@@ -209,6 +210,7 @@ impl Worker<'_> {
         self.model.set_experts(new.clone(), weights);
         self.model.set_residency(residency(self.config, new, rank)?);
         self.optimizer.set_experts(&self.model, Moments { first, second });
+        self.set_device_experts()?;
         Ok(took)
     }
 

@@ -11,7 +11,7 @@ use crate::TrainError;
 use crate::adaptation::Adaptation;
 use crate::bench::{BenchPlan, BenchSummary, Sample, prepared_worker, samples_of_ranks};
 use crate::checkpoint::{self, TrainerState};
-use crate::config::{Engine, RunConfig};
+use crate::config::RunConfig;
 use crate::data::{LoadedData, load_data};
 use crate::diagnose::network_sentence;
 use crate::gather::gather_spans;
@@ -127,9 +127,10 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
     }
 
     let job = |comm: &mut Comm| {
-        let mut worker = prepared_worker(&config, &loaded.data, &experts, comm.rank())?;
+        let mut worker = prepared_worker(&config, &loaded.data, &experts, comm)?;
         if let Some((folder, _)) = &resume {
             checkpoint::load(&mut worker, folder, true)?;
+            worker.to_device()?;
         }
         // A checkpoint that some rank cannot read must not leave a run's folder behind.
         comm.begin_evaluation(first_step)?;
@@ -229,7 +230,7 @@ impl Run<'_> {
             let outcome = worker.step(comm, done, self.stop.requested())?;
             done += 1;
             if let Some(observer) = &mut observer {
-                observer.step(done - 1, &outcome, adaptation.settings(), &worker.model)?;
+                observer.step(done - 1, &outcome, adaptation.settings(), worker)?;
             }
             interrupted = outcome.stop && done < train.steps;
             let last = done == train.steps || interrupted;
@@ -257,7 +258,7 @@ impl Run<'_> {
             interrupted = measured.is_none();
             samples = samples_of_ranks(self.config, comm, measured.unwrap_or_default())?;
         }
-        if self.config.cluster.engine == Engine::Mpi {
+        if self.config.cluster.engine.has_processes() {
             spans = gather_spans(comm, spans)?;
         }
         let settings = *adaptation.settings();
@@ -281,12 +282,13 @@ impl Run<'_> {
 
     fn save(
         &self,
-        worker: &Worker<'_>,
+        worker: &mut Worker<'_>,
         comm: &mut Comm,
         adaptation: &Adaptation,
         step: u64,
     ) -> Result<Option<PathBuf>, TrainError> {
         let Some(out) = self.out else { return Ok(None) };
+        worker.to_host()?;
         let state = TrainerState {
             packing: adaptation.packing().map(Packing::state),
             tuning: adaptation.tuning_state(comm.ranks()),

@@ -3,12 +3,13 @@
 use lina_comm::{Comm, StepStats, Work, WorkKind};
 use lina_data::{Dataset, TrainingData};
 use lina_kernels::Compute;
-use lina_model::{Batch, ForwardOutput, Model, ModelLimits, StepContext};
+use lina_model::{Batch, ForwardOutput, LayerRouting, Model, ModelLimits, StepContext};
 use lina_plan::{ExpertLayout, Nanos, PACKING_VALUES, PackingSample, share_range};
 
 use crate::TrainError;
 use crate::config::RunConfig;
-use crate::optimizer::{AdamW, learning_rate};
+use crate::optimizer::{AdamW, Update, learning_rate};
+use crate::replica::Replica;
 use crate::residency::residency;
 
 /// What a step came to: the same on all ranks, except `stats`.
@@ -39,6 +40,8 @@ pub(crate) struct Worker<'a> {
     ranks: usize,
     pub(crate) model: Model,
     pub(crate) optimizer: AdamW,
+    /// What it trains on, if not on the processor; weights and moments above are not up to date then.
+    device: Option<Replica>,
     input: Vec<u32>,
     target: Vec<u32>,
     sequences: Vec<usize>,
@@ -67,14 +70,17 @@ impl<'a> Worker<'a> {
         config: &'a RunConfig,
         data: &'a TrainingData,
         experts: &ExpertLayout,
-        rank: usize,
+        comm: &mut Comm,
     ) -> Result<Self, TrainError> {
-        let ranks = experts.ranks();
+        let (rank, ranks) = (comm.rank(), experts.ranks());
+        let device = Replica::new(config, experts, comm)?;
         let compute = Compute::new(config.cluster.threads_of(ranks));
         let limits = model_limits(config, ranks);
+        // Activations are where it trains.
+        let host_limits = ModelLimits { max_tokens: if device.is_some() { 0 } else { limits.max_tokens }, ..limits };
         let residency = residency(config, experts, rank)?;
         let mut model =
-            Model::new(config.model.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
+            Model::new(config.model.clone(), experts.clone(), rank, compute, host_limits).map_err(TrainError::input)?;
         model.set_residency(residency);
         let optimizer = AdamW::new(&model, rank);
         let message = Vec::with_capacity(TOTALS + PACKING_VALUES + optimizer.squares_len());
@@ -85,6 +91,7 @@ impl<'a> Worker<'a> {
             ranks,
             model,
             optimizer,
+            device,
             input: Vec::with_capacity(limits.max_tokens),
             target: Vec::with_capacity(limits.max_tokens),
             sequences: Vec::with_capacity(limits.max_tokens),
@@ -139,12 +146,18 @@ impl<'a> Worker<'a> {
                 token_offset: (part.start * train.sequence_tokens) as u64 + offset,
             };
             let batch = Batch { input: &self.input, target: &self.target, sequences: &self.sequences };
-            let output = self.model.forward(comm, batch, context)?;
+            let output = match &mut self.device {
+                Some(device) => device.forward(comm, batch, context)?,
+                None => self.model.forward(comm, batch, context)?,
+            };
             sum.loss_sum += output.loss_sum;
             sum.target_tokens += output.target_tokens;
             sum.router_loss += output.router_loss;
             sum.dropped_assignments += output.dropped_assignments;
-            self.model.backward(comm, micro > 0)?;
+            match &mut self.device {
+                Some(device) => device.backward(comm, micro > 0)?,
+                None => self.model.backward(comm, micro > 0)?,
+            }
         }
         comm.finish_gradients()?;
 
@@ -165,7 +178,10 @@ impl<'a> Worker<'a> {
             stats.all_to_all_blocked,
         ];
         message.extend(packing.map(|value| value as f64));
-        self.optimizer.squares(self.model.compute(), self.model.parameters(), message);
+        match &self.device {
+            Some(device) => device.squares(&self.optimizer, message)?,
+            None => self.optimizer.squares(self.model.compute(), self.model.parameters(), message),
+        }
         comm.agree(message)?;
         let Some((&[loss_sum, tokens, router_loss, dropped, stop], rest)) = message.split_first_chunk::<TOTALS>()
         else {
@@ -189,7 +205,13 @@ impl<'a> Worker<'a> {
 
         comm.work(Work { kind: WorkKind::Optimizer, layer: None, flops: 0 })?;
         let agreed_at = comm.now();
-        self.optimizer.update(self.model.for_update(), train, step, grad_scale as f32);
+        let update = Update { config: train, step, grad_scale: grad_scale as f32 };
+        match &mut self.device {
+            Some(device) => device.update(&self.optimizer, &update)?,
+            None => self.optimizer.update(self.model.for_update(), &update),
+        }
+        // A device has done what it was given only then.
+        let stats = comm.end_step();
         self.update = comm.now() - agreed_at;
         let assignments = tokens * (self.config.model.top_k * self.config.model.moe_layers()) as f64;
         Ok(StepOutcome {
@@ -199,10 +221,48 @@ impl<'a> Worker<'a> {
             learning_rate: learning_rate(train, step),
             tokens: tokens as u64,
             drop_rate: dropped / assignments.max(1.0),
-            stats: comm.end_step(),
+            stats,
             packing,
             stop: stop > 0.0,
         })
+    }
+
+    /// Takes the host's weights and moments to where it trains.
+    pub(crate) fn to_device(&mut self) -> Result<(), TrainError> {
+        match &mut self.device {
+            Some(device) => device.load(&self.model, &self.optimizer),
+            None => Ok(()),
+        }
+    }
+
+    /// Brings the host's weights and moments up to date.
+    pub(crate) fn to_host(&mut self) -> Result<(), TrainError> {
+        match &self.device {
+            Some(device) => device.store(&mut self.model, &mut self.optimizer),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes the experts that the host holds now to where it trains.
+    pub(crate) fn set_device_experts(&mut self) -> Result<(), TrainError> {
+        match &mut self.device {
+            Some(device) => device.set_experts(&self.model, &self.optimizer),
+            None => Ok(()),
+        }
+    }
+
+    /// What it trains on, if that is a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu(&self) -> Option<&lina_cuda::Gpu> {
+        self.device.as_ref().map(Replica::gpu)
+    }
+
+    /// How `layer` routed the last forward's tokens; `None` if it has no experts.
+    pub(crate) fn routing(&self, layer: usize) -> Option<LayerRouting<'_>> {
+        match &self.device {
+            Some(device) => device.routing(layer),
+            None => self.model.routing(layer),
+        }
     }
 
     /// Mean cross-entropy on held-out text; `None` where nothing is held out.
@@ -219,7 +279,10 @@ impl<'a> Worker<'a> {
             let indices = (first..first + n).map(|i| i * available / wanted);
             self.load(dataset, n, indices);
             let batch = Batch { input: &self.input, target: &self.target, sequences: &self.sequences };
-            let output = self.model.forward(comm, batch, StepContext::evaluation())?;
+            let output = match &mut self.device {
+                Some(device) => device.forward(comm, batch, StepContext::evaluation())?,
+                None => self.model.forward(comm, batch, StepContext::evaluation())?,
+            };
             sums[0] += output.loss_sum;
             sums[1] += output.target_tokens as f64;
         }
@@ -318,7 +381,7 @@ threads = 2
             let loaded = load_data(&config).unwrap();
             let experts = config.expert_layout().unwrap();
             let mut comm = Comm::solo();
-            let mut worker = prepared_worker(&config, &loaded.data, &experts, 0).unwrap();
+            let mut worker = prepared_worker(&config, &loaded.data, &experts, &mut comm).unwrap();
             // Which thread takes which part of a product is a matter of chance, so the threads' own buffers are not all
             // there after the same step; but once they are, nothing is allocated any more.
             let mut quiet_steps = 0;

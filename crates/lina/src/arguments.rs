@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
+use lina_infer::Device;
 use lina_train::{ConfigError, Engine, Override, RunConfig};
 
 use crate::commands::Failure;
@@ -104,6 +105,14 @@ pub(crate) enum BenchCommand {
     /// Measures a token of one sequence against reading its weights once, and a prompt against its matrix products.
     #[command(after_help = BENCH_DECODE_EXAMPLES)]
     Decode(BenchDecodeArguments),
+    /// Measures every operation of a GPU against what its memory and its matrix units do at best.
+    #[cfg(feature = "cuda")]
+    #[command(after_help = BENCH_KERNELS_EXAMPLES)]
+    Kernels(BenchKernelsArguments),
+    /// Measures one MoE layer on a GPU, forward and backward.
+    #[cfg(feature = "cuda")]
+    #[command(after_help = BENCH_LAYER_EXAMPLES)]
+    Layer(BenchLayerArguments),
 }
 
 const TRAIN_EXAMPLES: &str = "\
@@ -134,8 +143,16 @@ The paper's ablation, the sweep of partition sizes and pipelining efficiency, wi
   lina bench train examples/contention.toml --policies fair,lina --partition-sweep=16384,32768,65536";
 
 const BENCH_COMPUTE_EXAMPLES: &str = "\
-Example:
-  lina bench compute examples/compute.toml --rounds 5";
+Examples:
+  lina bench compute examples/compute.toml --rounds 5
+On a GPU, kernel by kernel, in a build with the feature cuda:
+  lina bench compute examples/gpu-step.toml";
+
+#[cfg(feature = "cuda")]
+const BENCH_LAYER_EXAMPLES: &str = "\
+Examples:
+  lina bench layer
+  lina bench layer --shape 2048,1024,64,8,16384 --shape 2048,768,128,8,16384 --json";
 
 const DOCTOR_EXAMPLES: &str = "\
 With --engine, every two ranks are measured in turn: the round trip of a small message and the rate of
@@ -163,7 +180,9 @@ Examples:
   lina generate runs/first/checkpoint-300 --prompt 'fn main' --max-new-tokens 200
   lina generate runs/first/checkpoint-300 --prompt 'fn main' --temperature 0.8 --top-p 0.95 --seed 1
   lina generate models/chat --chat --prompt 'Why is the sky blue?' --stop 'User:' --ranks 2
-  lina generate models/chat --prompt-file question.txt --greedy --json";
+  lina generate models/chat --prompt-file question.txt --greedy --json
+On a GPU, in a build with the feature cuda:
+  lina generate models/chat --prompt 'fn main' --device cuda --dtype bfloat16";
 
 const PROFILE_EXAMPLES: &str = "\
 The profile is what `--estimator path` goes by: for each path of experts that tokens took through the last layers, how
@@ -188,7 +207,21 @@ A training configuration gives sizes; the weights are initial ones then, on whic
 
 Examples:
   lina bench decode examples/decode.toml
-  lina bench decode runs/first/checkpoint-300 --threads 1 --tokens 64";
+  lina bench decode runs/first/checkpoint-300 --threads 1 --tokens 64
+On a GPU, in a build with the feature cuda:
+  lina bench decode examples/decode.toml --device cuda --dtype bfloat16";
+
+#[cfg(feature = "cuda")]
+const BENCH_KERNELS_EXAMPLES: &str = "\
+Sizes are those of a layer of width 2048 with 64 experts, top 8, at 16384 tokens. The ceilings are
+measured first: a copy of 2 GiB on the device, read and written, and a product of 8192 x 8192 matrices.
+Bytes are the fewest that an operation can do with: each input once, each output once. Times are
+medians of 20, each with a cold cache.
+
+Examples:
+  lina bench kernels
+  lina bench kernels --dtype f32 --only attention,products
+  lina bench kernels --json > kernels.json";
 
 const SERVE_EXAMPLES: &str = "\
 /v1/completions and /v1/chat/completions (the latter if the folder has a chat template), /v1/models, /health,
@@ -249,15 +282,26 @@ pub(crate) struct OutputArguments {
 /// The ranks of a command that has no configuration file.
 #[derive(Debug, Args)]
 pub(crate) struct JobArguments {
-    /// Number of ranks [default: 1, or those that the launcher of engine mpi has started].
+    /// Number of ranks [default: 1, or those that the launcher of engine mpi or nccl has started].
     #[arg(long, value_name = "N")]
     pub(crate) ranks: Option<usize>,
-    /// What carries the ranks' messages: local or, if this build has it, mpi.
+    /// What carries the ranks' messages: local or, if this build has them, mpi or nccl.
     #[arg(long, value_name = "ENGINE", default_value = "local", value_parser = PossibleValuesParser::new(built_engines()))]
     pub(crate) engine: String,
     /// Threads that compute for one rank; 0 shares the cores out.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) threads: usize,
+}
+
+/// What the ranks of a command that has no configuration file compute on.
+#[derive(Debug, Args)]
+pub(crate) struct DeviceArguments {
+    /// What computes: cpu or, if this build has it, cuda [default: cpu, on engine nccl cuda].
+    #[arg(long, value_name = "DEVICE", value_parser = PossibleValuesParser::new(built_devices()))]
+    pub(crate) device: Option<String>,
+    /// How a GPU stores weights and multiplies: float32 or bfloat16.
+    #[arg(long, value_name = "TYPE", default_value = "float32", value_parser = ["float32", "bfloat16"])]
+    pub(crate) dtype: String,
 }
 
 #[derive(Debug, Args)]
@@ -346,6 +390,8 @@ pub(crate) struct EvalArguments {
     #[command(flatten)]
     pub(crate) job: JobArguments,
     #[command(flatten)]
+    pub(crate) device: DeviceArguments,
+    #[command(flatten)]
     pub(crate) output: OutputArguments,
 }
 
@@ -389,6 +435,8 @@ pub(crate) struct GenerateArguments {
     pub(crate) stop: Vec<String>,
     #[command(flatten)]
     pub(crate) job: JobArguments,
+    #[command(flatten)]
+    pub(crate) device: DeviceArguments,
     #[command(flatten)]
     pub(crate) output: OutputArguments,
 }
@@ -471,6 +519,44 @@ pub(crate) struct BenchDecodeArguments {
     #[arg(long, value_name = "R", default_value_t = 7)]
     pub(crate) rounds: usize,
     #[command(flatten)]
+    pub(crate) device: DeviceArguments,
+    #[command(flatten)]
+    pub(crate) output: OutputArguments,
+}
+
+#[cfg(feature = "cuda")]
+#[derive(Debug, Args)]
+pub(crate) struct BenchKernelsArguments {
+    /// How activations and weights are stored: bf16 or f32.
+    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = ["bf16", "f32"])]
+    pub(crate) dtype: String,
+    /// Measures these parts alone, with commas between: layers, routing, attention, products, copies.
+    #[arg(long, value_name = "PART,...", value_delimiter = ',', value_parser = PossibleValuesParser::new(crate::bench_kernels::parts()))]
+    pub(crate) only: Vec<String>,
+    /// Which of the visible GPUs.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) gpu: usize,
+    #[command(flatten)]
+    pub(crate) output: OutputArguments,
+}
+
+#[cfg(feature = "cuda")]
+#[derive(Debug, Args)]
+pub(crate) struct BenchLayerArguments {
+    /// A layer: width of the stream and of an expert, experts, experts of a token, tokens; may be repeated [default:
+    /// Mixtral's, and three with smaller experts].
+    #[arg(long, value_name = "HIDDEN,EXPERT_HIDDEN,EXPERTS,TOP_K,TOKENS")]
+    pub(crate) shape: Vec<lina_train::LayerShape>,
+    /// How activations and weights are stored: bf16 or f32.
+    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = ["bf16", "f32"])]
+    pub(crate) dtype: String,
+    /// Measured runs of each pass.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub(crate) rounds: usize,
+    /// Which of the visible GPUs.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) gpu: usize,
+    #[command(flatten)]
     pub(crate) output: OutputArguments,
 }
 
@@ -536,6 +622,8 @@ pub(crate) struct ServeArguments {
     #[command(flatten)]
     pub(crate) job: JobArguments,
     #[command(flatten)]
+    pub(crate) device: DeviceArguments,
+    #[command(flatten)]
     pub(crate) output: OutputArguments,
 }
 
@@ -559,6 +647,11 @@ fn at_least_one(text: &str) -> Result<usize, String> {
         Ok(number) => Ok(number),
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// Names of the devices that this build knows.
+fn built_devices() -> Vec<&'static str> {
+    Device::BUILT.iter().map(|device| device.name()).collect()
 }
 
 /// Names of the engines that this build has.

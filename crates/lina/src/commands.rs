@@ -3,17 +3,26 @@
 use std::fmt::Display;
 use std::time::{Duration, Instant};
 
-use lina_infer::{InferError, model_folder};
+use lina_infer::{Arithmetic, Device, InferError, model_folder};
 use lina_train::{
-    BenchOptions, ClusterConfig, ConfigError, Engine, EvalOptions, Override, Studies, TrainError, TrainOptions,
+    BenchOptions, ClusterConfig, ConfigError, Engine, EvalOptions, Override, Scalar, Studies, TrainError, TrainOptions,
     TrainSummary, bench_compute, bench_train, default_run_folder, diagnose_ranks, eval, launched_rank, launched_ranks,
     train,
 };
 
 use crate::arguments::{
-    Arguments, BenchCommand, BenchComputeArguments, BenchTrainArguments, Command, DoctorArguments, EvalArguments,
-    JobArguments, OutputArguments, TrainArguments,
+    Arguments, BenchCommand, BenchComputeArguments, BenchTrainArguments, Command, DeviceArguments, DoctorArguments,
+    EvalArguments, JobArguments, OutputArguments, TrainArguments,
 };
+#[cfg(feature = "cuda")]
+use lina_cuda::DType;
+#[cfg(feature = "cuda")]
+use lina_train::{LayerShape, bench_layer};
+
+#[cfg(feature = "cuda")]
+use crate::arguments::BenchLayerArguments;
+#[cfg(feature = "cuda")]
+use crate::bench_kernels;
 use crate::{doctor, generate, inference, output, serve, signals};
 
 /// Threads that the doctor measures where nobody says how many.
@@ -85,6 +94,10 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Profile(arguments) => inference::run_profile(arguments),
         Command::Bench(BenchCommand::Infer(arguments)) => inference::run_bench(arguments),
         Command::Bench(BenchCommand::Decode(arguments)) => inference::run_bench_decode(arguments),
+        #[cfg(feature = "cuda")]
+        Command::Bench(BenchCommand::Kernels(arguments)) => bench_kernels::run(arguments),
+        #[cfg(feature = "cuda")]
+        Command::Bench(BenchCommand::Layer(arguments)) => run_bench_layer(arguments),
         Command::Doctor(arguments) => run_doctor(arguments),
     }
 }
@@ -167,16 +180,28 @@ fn run_bench_compute(arguments: BenchComputeArguments) -> Result<(), Failure> {
     Ok(output::table_or_json(json, quiet, &summary.table(), &summary)?)
 }
 
+#[cfg(feature = "cuda")]
+fn run_bench_layer(arguments: BenchLayerArguments) -> Result<(), Failure> {
+    let BenchLayerArguments { shape, dtype, rounds, gpu, output: OutputArguments { json, quiet } } = arguments;
+    let shapes = if shape.is_empty() { LayerShape::DEFAULTS.to_vec() } else { shape };
+    let dtype = if dtype == DType::F32.suffix() { DType::F32 } else { DType::Bf16 };
+    let summary = bench_layer(gpu, &shapes, dtype, rounds)?;
+    Ok(output::table_or_json(json, quiet, &summary.table(), &summary)?)
+}
+
 fn run_eval(arguments: EvalArguments) -> Result<(), Failure> {
     let OutputArguments { json, quiet } = arguments.output;
     let cluster = job_cluster(&arguments.job);
     outlive_launcher(&cluster)?;
+    let arithmetic = arithmetic(&arguments.device, cluster.engine);
+    arithmetic.check(cluster.engine).map_err(|reason| Failure::new(reason, 2))?;
     let summary = eval(EvalOptions {
         model: model_folder(&arguments.model)?,
         data: arguments.data,
         sequence_tokens: arguments.seq_tokens,
         ranks: cluster.ranks,
         engine: cluster.engine,
+        gpu: (arithmetic.device == Device::Cuda).then_some(arithmetic.dtype),
         threads: cluster.threads,
         quiet,
     })?;
@@ -224,8 +249,16 @@ fn run_rank_doctor(engine: Engine, ranks: Option<usize>, json: bool) -> Result<(
 /// The ranks that a command without a configuration file asks for.
 pub(crate) fn job_cluster(job: &JobArguments) -> ClusterConfig {
     let engine = engine_named(&job.engine);
-    let ranks = job.ranks.or(launched_ranks().filter(|_| engine == Engine::Mpi)).unwrap_or(1);
+    let ranks = job.ranks.or(launched_ranks().filter(|_| engine.has_processes())).unwrap_or(1);
     ClusterConfig { engine, ranks, threads: job.threads, ..ClusterConfig::default() }
+}
+
+/// What ranks on `engine` compute on, as the arguments say.
+pub(crate) fn arithmetic(arguments: &DeviceArguments, engine: Engine) -> Arithmetic {
+    let named = |name: &String| Device::BUILT.iter().copied().find(|device| device.name() == name);
+    let device = arguments.device.as_ref().and_then(named).unwrap_or(Device::of_engine(engine));
+    let dtype = if arguments.dtype == "bfloat16" { Scalar::Bfloat16 } else { Scalar::Float32 };
+    Arithmetic { device, dtype }
 }
 
 /// The engine of a name that the arguments have been checked for.

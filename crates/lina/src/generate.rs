@@ -7,7 +7,7 @@ use std::path::Path;
 use lina_infer::{FinishReason, GenerateOptions, GenerateSummary, ModelOptions, SamplingOptions, generate};
 
 use crate::arguments::{GenerateArguments, OutputArguments};
-use crate::commands::{Failure, job_cluster, outlive_launcher};
+use crate::commands::{Failure, arithmetic, job_cluster, outlive_launcher};
 use crate::output;
 
 /// Carries the command out.
@@ -23,6 +23,7 @@ pub(crate) fn run(arguments: GenerateArguments) -> Result<(), Failure> {
         model: arguments.model,
         ranks: cluster.ranks,
         engine: cluster.engine,
+        arithmetic: arithmetic(&arguments.device, cluster.engine),
         threads: cluster.threads,
         ..Default::default()
     };

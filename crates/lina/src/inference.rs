@@ -4,10 +4,10 @@
 use lina_infer::{
     DecodeOptions, InferBenchOptions, ProfileOptions, Scheduler, bench_decode, bench_infer, model_folder, profile,
 };
-use lina_train::Override;
+use lina_train::{Engine, Override};
 
 use crate::arguments::{BenchDecodeArguments, BenchInferArguments, OutputArguments, ProfileArguments};
-use crate::commands::Failure;
+use crate::commands::{Failure, arithmetic};
 use crate::output;
 
 pub(crate) fn run_profile(arguments: ProfileArguments) -> Result<(), Failure> {
@@ -54,6 +54,7 @@ pub(crate) fn run_bench_decode(arguments: BenchDecodeArguments) -> Result<(), Fa
     let OutputArguments { json, quiet } = arguments.output;
     let summary = bench_decode(&DecodeOptions {
         model: arguments.model,
+        arithmetic: arithmetic(&arguments.device, Engine::Local),
         threads: arguments.threads,
         tokens: arguments.tokens,
         prompt_tokens: arguments.prompt_tokens,

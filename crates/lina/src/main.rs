@@ -4,6 +4,8 @@
 //! fails says one sentence, whatever the reason.
 
 mod arguments;
+#[cfg(feature = "cuda")]
+mod bench_kernels;
 mod commands;
 mod doctor;
 mod generate;
@@ -20,7 +22,6 @@ use commands::Failure;
 
 fn main() -> ExitCode {
     lina_train::keep_panics_quiet();
-    #[cfg(feature = "mpi")]
     lina_train::set_last_words(last_words);
     let run = || arguments::parse().and_then(|arguments| arguments.map_or(Ok(()), commands::run));
     // Nothing of what a panic left half done is looked at again.
@@ -34,7 +35,6 @@ fn main() -> ExitCode {
             if let Some(message) = failure.message_of_this_rank() {
                 say_once(&message);
             }
-            #[cfg(feature = "mpi")]
             linger();
             ExitCode::from(failure.exit_code)
         }
@@ -50,7 +50,6 @@ fn say_once(message: &str) {
 }
 
 /// A rank that is still computing when its job is lost says why, before the launcher kills it.
-#[cfg(feature = "mpi")]
 fn last_words(error: &lina_train::CommError) {
     say_once(&error.to_string());
     linger();
@@ -59,7 +58,6 @@ fn last_words(error: &lina_train::CommError) {
 
 /// A launcher that ends a job forwards what a rank has said only while the rank lives, and it ends the job when the
 /// first rank exits: by then even a rank in the middle of its computation has spoken.
-#[cfg(feature = "mpi")]
 fn linger() {
     if lina_train::launched_ranks().is_some() {
         std::thread::sleep(std::time::Duration::from_millis(600));

@@ -8,7 +8,7 @@ use lina_serve::{Listener, ServeError, ServeOptions, ServeSummary, ServedModel, 
 use lina_train::ClusterConfig;
 
 use crate::arguments::{OutputArguments, ServeArguments};
-use crate::commands::{Failure, job_cluster, outlive_launcher};
+use crate::commands::{Failure, arithmetic, job_cluster, outlive_launcher};
 use crate::{output, signals};
 
 /// Where the key is taken from if no argument gives it: arguments can be seen by everybody on the machine.
@@ -68,6 +68,7 @@ fn model_options(arguments: &ServeArguments, cluster: &ClusterConfig) -> Result<
         model: arguments.model.clone(),
         ranks: cluster.ranks,
         engine: cluster.engine,
+        arithmetic: arithmetic(&arguments.device, cluster.engine),
         threads: cluster.threads,
         max_sequence_tokens: arguments.max_sequence_tokens,
         step_tokens: arguments.step_tokens,

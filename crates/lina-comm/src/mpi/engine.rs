@@ -10,19 +10,26 @@ use mpi::environment::Universe;
 
 use super::MpiConfig;
 use super::exchange::ExchangeOp;
-use super::handles::{Address, Communicator, Done, Fault, Requests};
-use super::heartbeat::Heartbeat;
-use super::patience::Patience;
+use super::handles::{Address, Communicator, Done, Requests};
 use super::reduction::{Pool, ReductionOp};
 use super::start::Started;
 use crate::CommError;
 use crate::driver::{Operation, Reduction};
+use crate::exchange::AnyExchange;
+use crate::processes::heartbeat::Heartbeat;
+use crate::processes::meeting::Met;
+use crate::processes::{Fault, Patience};
 use crate::threaded::{Engine, Finished, LOOK_AROUND};
 use crate::transfer::sum_control;
 use crate::wire::Channel;
 
 /// Allreduces under way at a time; more wait their turn, so that pooled buffers stay few.
 const REDUCTIONS: usize = 3;
+
+/// Looks at MPI with only a yield in between, after something has happened.
+const YIELDS: u32 = 4;
+/// No sleep is longer while operations are under way: at 1 Gbit/s, 25 KB.
+const LONGEST_SLEEP: Duration = Duration::from_micros(200);
 
 /// What a request is for.
 #[derive(Clone, Copy, Debug)]
@@ -142,7 +149,7 @@ pub(super) struct MpiEngine {
 impl MpiEngine {
     /// Makes the communicators; all ranks call it together.
     pub(super) fn new(started: Started, config: &MpiConfig, members: Arc<Vec<Vec<usize>>>, epoch: Instant) -> Self {
-        let Started { universe, world, rank, clock_offset, heartbeat, .. } = started;
+        let Started { universe, world, rank, met: Met { clock_offset, heartbeat } } = started;
         let mut engine = MpiEngine {
             rank,
             ranks: config.ranks,
@@ -160,7 +167,7 @@ impl MpiEngine {
             waiting: VecDeque::new(),
             pool: Pool::default(),
             done: Vec::new(),
-            patience: Patience::default(),
+            patience: Patience::new(YIELDS, LONGEST_SLEEP),
             looked: Instant::now(),
             failure: None,
             universe: ManuallyDrop::new(universe),
@@ -224,6 +231,7 @@ impl MpiEngine {
                 let place = (self.all_to_all, self.exchanges.next(), self.rank);
                 let launched = self.now_on_first();
                 let relays = self.relays.filter(|_| route == Route::ThroughNode);
+                let exchange = exchange.into_host();
                 let op = ExchangeOp::start((index, exchange), relays, place, launched, &mut self.requests)?;
                 self.exchanges.push(op);
                 self.send_exchanges()
@@ -317,7 +325,8 @@ impl MpiEngine {
         self.send_exchanges().map_err(here)?;
         while let Some((_, op)) = self.exchanges.pop_if(ExchangeOp::is_done) {
             let begin = self.instant(op.launched);
-            finished.push((begin, Finished::AllToAll { index: op.index, exchange: op.exchange }));
+            let exchange = AnyExchange::Host(op.exchange);
+            finished.push((begin, Finished::AllToAll { index: op.index, exchange }));
         }
         loop {
             self.send_reductions().map_err(here)?;

@@ -13,8 +13,9 @@ use std::ffi::c_int;
 use lina_plan::Relays;
 
 use super::engine::{Label, Part};
-use super::handles::{Address, Communicator, Fault, Requests};
+use super::handles::{Address, Communicator, Requests};
 use super::relay::Relay;
+use crate::processes::Fault;
 use crate::wire::Channel;
 use crate::{AllToAllKind, CommError, Exchange};
 

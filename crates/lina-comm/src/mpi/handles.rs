@@ -9,9 +9,7 @@ use std::mem::MaybeUninit;
 
 use mpi::ffi;
 
-/// What MPI said of a call that failed.
-#[derive(Debug)]
-pub(super) struct Fault(pub(super) String);
+use crate::processes::{Assembly, Fault};
 
 /// The value of an MPI call as a result.
 fn checked(call: &str, code: c_int) -> Result<(), Fault> {
@@ -32,7 +30,7 @@ pub(super) struct Communicator(ffi::MPI_Comm);
 
 impl Communicator {
     /// All ranks. Errors become values on it and on what is made of it.
-    pub(super) fn world() -> Result<Self, Fault> {
+    fn world() -> Result<Self, Fault> {
         // SAFETY: MPI is initialised; both are constants of the library.
         let (world, handler) = unsafe { (ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN) };
         // SAFETY: as above.
@@ -40,14 +38,14 @@ impl Communicator {
         Ok(Communicator(world))
     }
 
-    pub(super) fn rank(self) -> Result<usize, Fault> {
+    fn rank(self) -> Result<usize, Fault> {
         let mut rank = 0;
         // SAFETY: a valid communicator and a place for the result.
         checked("MPI_Comm_rank", unsafe { ffi::MPI_Comm_rank(self.0, &mut rank) })?;
         Ok(rank as usize)
     }
 
-    pub(super) fn size(self) -> Result<usize, Fault> {
+    fn size(self) -> Result<usize, Fault> {
         let mut size = 0;
         // SAFETY: a valid communicator and a place for the result.
         checked("MPI_Comm_size", unsafe { ffi::MPI_Comm_size(self.0, &mut size) })?;
@@ -78,58 +76,6 @@ impl Communicator {
     pub(super) fn free(mut self) -> Result<(), Fault> {
         // SAFETY: a valid communicator, of which this was the only handle that is used.
         checked("MPI_Comm_free", unsafe { ffi::MPI_Comm_free(&mut self.0) })
-    }
-
-    /// Everybody's `mine`, by rank; blocks. All ranks bring the same length.
-    pub(super) fn gather(self, mine: &[u8]) -> Result<Vec<Vec<u8>>, Fault> {
-        let mut all = vec![0u8; mine.len() * self.size()?];
-        let len = mine.len() as c_int;
-        // SAFETY: `all` has room for `mine.len()` bytes of each rank.
-        let code = unsafe {
-            let (from, to) = (mine.as_ptr().cast::<c_void>(), all.as_mut_ptr().cast::<c_void>());
-            ffi::MPI_Allgather(from, len, ffi::RSMPI_UINT8_T, to, len, ffi::RSMPI_UINT8_T, self.0)
-        };
-        checked("MPI_Allgather", code)?;
-        Ok(all.chunks_exact(mine.len()).map(<[u8]>::to_vec).collect())
-    }
-
-    /// Rank 0's bytes on every rank; blocks.
-    pub(super) fn broadcast(self, bytes: &mut Vec<u8>) -> Result<(), Fault> {
-        let mut len = bytes.len() as u64;
-        // SAFETY: one value of the type that is named.
-        let code = unsafe { ffi::MPI_Bcast((&raw mut len).cast::<c_void>(), 1, ffi::RSMPI_UINT64_T, 0, self.0) };
-        checked("MPI_Bcast", code)?;
-        bytes.resize(len as usize, 0);
-        if bytes.is_empty() {
-            // The pointer of an empty vector is none that MPI accepts.
-            return Ok(());
-        }
-        // SAFETY: `bytes` has the length that rank 0 sends.
-        let code =
-            unsafe { ffi::MPI_Bcast(bytes.as_mut_ptr().cast::<c_void>(), len as c_int, ffi::RSMPI_UINT8_T, 0, self.0) };
-        checked("MPI_Bcast", code)
-    }
-
-    /// Sends a value to `peer`; blocks.
-    pub(super) fn tell(self, peer: usize, value: i64) -> Result<(), Fault> {
-        // SAFETY: one value of the type that is named.
-        let code = unsafe {
-            let value = (&raw const value).cast::<c_void>();
-            ffi::MPI_Send(value, 1, ffi::RSMPI_INT64_T, peer as c_int, 0, self.0)
-        };
-        checked("MPI_Send", code)
-    }
-
-    /// Receives a value from `peer`; blocks.
-    pub(super) fn hear(self, peer: usize) -> Result<i64, Fault> {
-        let mut value = 0i64;
-        // SAFETY: room for one value of the type that is named.
-        let code = unsafe {
-            let value = (&raw mut value).cast::<c_void>();
-            ffi::MPI_Recv(value, 1, ffi::RSMPI_INT64_T, peer as c_int, 0, self.0, ffi::RSMPI_STATUS_IGNORE)
-        };
-        checked("MPI_Recv", code)?;
-        Ok(value)
     }
 
     /// Starts sending `bytes` to `peer`, at most 2^31 - 1 of them.
@@ -163,6 +109,79 @@ impl Communicator {
         };
         checked("MPI_Irecv", code)?;
         Ok(request)
+    }
+}
+
+/// All ranks of MPI, before their first operation.
+pub(super) struct World {
+    pub(super) communicator: Communicator,
+    rank: usize,
+    ranks: usize,
+}
+
+impl World {
+    pub(super) fn new() -> Result<Self, Fault> {
+        let communicator = Communicator::world()?;
+        Ok(World { communicator, rank: communicator.rank()?, ranks: communicator.size()? })
+    }
+}
+
+impl Assembly for World {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn ranks(&self) -> usize {
+        self.ranks
+    }
+
+    fn gather(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, Fault> {
+        let mut all = vec![0u8; mine.len() * self.ranks];
+        let len = mine.len() as c_int;
+        // SAFETY: `all` has room for `mine.len()` bytes of each rank.
+        let code = unsafe {
+            let (from, to) = (mine.as_ptr().cast::<c_void>(), all.as_mut_ptr().cast::<c_void>());
+            ffi::MPI_Allgather(from, len, ffi::RSMPI_UINT8_T, to, len, ffi::RSMPI_UINT8_T, self.communicator.0)
+        };
+        checked("MPI_Allgather", code)?;
+        Ok(all.chunks_exact(mine.len()).map(<[u8]>::to_vec).collect())
+    }
+
+    fn broadcast(&mut self, bytes: &mut Vec<u8>) -> Result<(), Fault> {
+        let world = self.communicator.0;
+        let mut len = bytes.len() as u64;
+        // SAFETY: one value of the type that is named.
+        let code = unsafe { ffi::MPI_Bcast((&raw mut len).cast::<c_void>(), 1, ffi::RSMPI_UINT64_T, 0, world) };
+        checked("MPI_Bcast", code)?;
+        bytes.resize(len as usize, 0);
+        if bytes.is_empty() {
+            // The pointer of an empty vector is none that MPI accepts.
+            return Ok(());
+        }
+        // SAFETY: `bytes` has the length that rank 0 sends.
+        let code =
+            unsafe { ffi::MPI_Bcast(bytes.as_mut_ptr().cast::<c_void>(), len as c_int, ffi::RSMPI_UINT8_T, 0, world) };
+        checked("MPI_Bcast", code)
+    }
+
+    fn tell(&mut self, peer: usize, value: i64) -> Result<(), Fault> {
+        // SAFETY: one value of the type that is named.
+        let code = unsafe {
+            let value = (&raw const value).cast::<c_void>();
+            ffi::MPI_Send(value, 1, ffi::RSMPI_INT64_T, peer as c_int, 0, self.communicator.0)
+        };
+        checked("MPI_Send", code)
+    }
+
+    fn hear(&mut self, peer: usize) -> Result<i64, Fault> {
+        let mut value = 0i64;
+        // SAFETY: room for one value of the type that is named.
+        let code = unsafe {
+            let (value, from) = ((&raw mut value).cast::<c_void>(), peer as c_int);
+            ffi::MPI_Recv(value, 1, ffi::RSMPI_INT64_T, from, 0, self.communicator.0, ffi::RSMPI_STATUS_IGNORE)
+        };
+        checked("MPI_Recv", code)?;
+        Ok(value)
     }
 }
 

@@ -10,8 +10,9 @@ use std::ops::Range;
 use lina_plan::share_range;
 
 use super::engine::{Label, Part};
-use super::handles::{Address, Communicator, Fault, Requests};
+use super::handles::{Address, Communicator, Requests};
 use crate::driver::Reduction;
+use crate::processes::Fault;
 use crate::wire::Channel;
 
 /// Elements summed at a time: small enough to stay in the first-level cache.

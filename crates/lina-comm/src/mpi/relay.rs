@@ -8,8 +8,9 @@
 use lina_plan::Relays;
 
 use super::engine::Label;
-use super::handles::{Address, Fault, Requests};
+use super::handles::{Address, Requests};
 use crate::Exchange;
+use crate::processes::Fault;
 
 /// What one rank collects and passes on in one exchange.
 pub(super) struct Relay {

@@ -1,6 +1,9 @@
-//! Test programs that start themselves under `mpirun`.
+//! Test programs that start themselves as the ranks of a job.
+// Every test uses the part that is for its engine.
+#![allow(dead_code)]
 
 use std::io::Write;
+use std::net::{Ipv4Addr, TcpListener};
 use std::process::{Command, Output, Stdio};
 
 /// Runs the test `program` of this very file on `ranks` ranks, with `settings` for [`setting`]; `None` where there is no
@@ -26,13 +29,39 @@ pub fn mpirun(ranks: usize, program: &str, settings: &[(&str, &str)]) -> Option<
     Some(command.args(["--exact", program, "--nocapture", "--test-threads", "1"]).output().unwrap())
 }
 
-/// What [`mpirun`] was given for this process; `None` outside of it.
+/// Starts the test `program` of this very file as `ranks` processes, with `settings` for [`setting`] and, for each rank, what
+/// `variables` says besides. Returns what they have said when all have ended.
+pub fn processes(
+    ranks: usize,
+    program: &str,
+    settings: &[(&str, &str)],
+    variables: impl Fn(usize) -> Vec<(String, String)>,
+) -> Vec<Output> {
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+    let start = |rank: usize| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", program, "--nocapture", "--test-threads", "1"]);
+        command.env("RANK", rank.to_string()).env("WORLD_SIZE", ranks.to_string()).env("LOCAL_RANK", rank.to_string());
+        command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
+        for (name, value) in settings {
+            command.env(variable(name), value);
+        }
+        command.envs(variables(rank)).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let children: Vec<_> = (0..ranks).map(start).collect();
+    // All at once: a rank whose output nobody takes would stop.
+    let waiting: Vec<_> =
+        children.into_iter().map(|child| std::thread::spawn(move || child.wait_with_output().unwrap())).collect();
+    waiting.into_iter().map(|thread| thread.join().unwrap()).collect()
+}
+
+/// What a rank was started with; `None` outside of a job.
 pub fn setting(name: &str) -> Option<String> {
     std::env::var(variable(name)).ok()
 }
 
 fn variable(name: &str) -> String {
-    format!("LINA_MPI_TEST_{name}")
+    format!("LINA_COMM_TEST_{name}")
 }
 
 /// A line of its own in one write: the ranks' outputs are merged, after what the test harness has begun.

@@ -12,7 +12,8 @@ use crate::config::ModelConfig;
 /// The cache of one rank.
 #[derive(Debug)]
 pub struct KvCache {
-    /// For each layer, `[pages, page_elements]`. Memory is committed when a page is first written.
+    /// For each layer, `[pages, page_elements]`; none where a device has the memory. Memory is committed when a page is first
+    /// written.
     layers: Vec<Vec<f32>>,
     free: Vec<u32>,
     pages: usize,
@@ -21,7 +22,7 @@ pub struct KvCache {
 
 /// What the cache holds of one sequence.
 #[derive(Debug)]
-pub(super) struct CachedSequence {
+pub(crate) struct CachedSequence {
     pub pages: Vec<u32>,
     /// Tokens whose keys and values are there.
     pub tokens: usize,
@@ -31,17 +32,18 @@ impl KvCache {
     /// An empty cache of `pages` pages in each layer.
     pub fn new(config: &ModelConfig, pages: usize) -> Self {
         let elements = page_elements(config.kv_heads, config.head_dim);
-        KvCache {
-            layers: (0..config.layers).map(|_| vec![0.0; pages * elements]).collect(),
-            free: (0..pages as u32).rev().collect(),
-            pages,
-            sequences: HashMap::new(),
-        }
+        let layers = (0..config.layers).map(|_| vec![0.0; pages * elements]).collect();
+        KvCache { layers, ..KvCache::without_memory(pages) }
     }
 
-    /// Bytes of one page of all layers.
-    pub fn page_bytes(config: &ModelConfig) -> usize {
-        config.layers * page_elements(config.kv_heads, config.head_dim) * size_of::<f32>()
+    /// Only says which sequence has which of `pages` pages: their memory is elsewhere.
+    pub(crate) fn without_memory(pages: usize) -> Self {
+        KvCache { layers: Vec::new(), free: (0..pages as u32).rev().collect(), pages, sequences: HashMap::new() }
+    }
+
+    /// Elements of one page of all layers.
+    pub fn page_elements(config: &ModelConfig) -> usize {
+        config.layers * page_elements(config.kv_heads, config.head_dim)
     }
 
     /// Pages that a sequence of `tokens` tokens needs.
@@ -84,12 +86,18 @@ impl KvCache {
         self.sequences.contains_key(&id)
     }
 
-    pub(super) fn sequence(&self, id: u32) -> &CachedSequence {
+    pub(crate) fn sequence(&self, id: u32) -> &CachedSequence {
         self.sequences.get(&id).unwrap_or_else(|| panic!("no sequence {id}"))
     }
 
-    pub(super) fn extend(&mut self, id: u32, tokens: usize) {
+    pub(crate) fn extend(&mut self, id: u32, tokens: usize) {
         self.sequences.get_mut(&id).unwrap_or_else(|| panic!("no sequence {id}")).tokens += tokens;
+    }
+
+    /// All sequences.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn sequences(&self) -> &HashMap<u32, CachedSequence> {
+        &self.sequences
     }
 
     /// A layer's pages, and the sequences that lie in them.

@@ -12,7 +12,7 @@ use crate::routing::{Block, ChunkPlan};
 
 /// One layer's exchange in the pass under way.
 #[derive(Debug, Default)]
-pub(super) struct DispatchPlan {
+pub(crate) struct DispatchPlan {
     /// What travels; its blocks name experts by number.
     pub chunk: ChunkPlan,
     /// `[tokens, top_k]`: row of each assignment among the rows sent.
@@ -44,6 +44,14 @@ impl DispatchPlan {
         self.chunk.reset(0..index.len() / top_k, shares.devices());
         self.place_sent(rank, shares, index, top_k);
         self.place_received(rank, shares);
+    }
+
+    /// Has blocks name the slots of this rank that `slot_of` its experts gives.
+    #[cfg(feature = "cuda")]
+    pub fn name_slots(&mut self, slot_of: impl Fn(usize) -> usize) {
+        for block in self.chunk.blocks.iter_mut().chain(&mut self.chunk.runs) {
+            block.slot = slot_of(block.slot);
+        }
     }
 
     /// Rows that this rank's experts work on.

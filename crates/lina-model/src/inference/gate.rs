@@ -34,7 +34,7 @@ impl fmt::Debug for Gate {
 impl Gate {
     /// Replaces the choices `index` `[tokens, top_k]`, whose first token is `token_offset` of the step, if the gate is
     /// not the model's own. Weights stay those of the model's choices.
-    pub(super) fn force(&self, number: usize, token_offset: u64, config: &ModelConfig, index: &mut [u32]) {
+    pub(crate) fn force(&self, number: usize, token_offset: u64, config: &ModelConfig, index: &mut [u32]) {
         let top_k = config.top_k as u64;
         for (token, choices) in index.chunks_exact_mut(config.top_k).enumerate() {
             let token = token_offset + token as u64;

@@ -6,27 +6,30 @@
 //! | where are the weights? | [`InferenceWeights`] (`weights`) |
 //! | where are keys and values? | [`KvCache`] (`cache`) |
 //! | what does a layer with experts do? | `moe`, with `dispatch` |
-//! | who carries placements out? | `director`, and `stats` counts |
+//! | who carries placements out? | `director`, over `slot_copies`, and `stats` counts |
+//! | does a placement change an answer? | `verify` |
 //! | what do rows and copies cost? | [`measure_placement_costs`] (`costs`) |
 //!
 //! The pieces of a layer are those of training, used for one layer after another; nothing is kept for a way back.
 
 mod cache;
 mod costs;
-mod director;
-mod dispatch;
+pub(crate) mod director;
+pub(crate) mod dispatch;
 mod gate;
-mod moe;
+pub(crate) mod moe;
+pub(crate) mod slot_copies;
 mod stats;
+pub(crate) mod verify;
 mod weights;
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use lina_comm::{Comm, CommError, WorkKind};
 use lina_kernels::{self as kernels, Compute, Mat, MatMut, PagedSequence, RotaryTable};
 use lina_plan::{ExpertScheduler, ExpertSchedulerSettings, PlacementCosts, PlacementError, PlacementPolicy};
-use thiserror::Error;
 
 use crate::attention::{Attention, CachedLayer};
 use crate::batch::{LoadedBatch, StepContext, StepError};
@@ -35,36 +38,18 @@ use crate::ffn::{DenseFfn, FfnScratch};
 use crate::norm::Norm;
 use crate::pass::{Pass, grow, product_flops};
 
+use cache::CachedSequence;
 use director::ExpertDirector;
 use moe::{MoeLayer, MoeScratch};
+use slot_copies::HostCopies;
 
 pub use cache::KvCache;
 pub use costs::measure_placement_costs;
 pub use director::Forecast;
 pub use gate::{Chooser, Gate};
 pub use stats::{InferenceStats, LayerStats};
+pub use verify::VerificationError;
 pub use weights::InferenceWeights;
-
-/// A token whose result over the ranks differs from what its rank computes alone: an answer that a placement changed.
-#[derive(Clone, Copy, Debug, Error, PartialEq)]
-#[error(
-    "layer {layer}: token {token} of the step differs by {difference:e} from the same computed on one rank, expected \
-     at most {tolerance:e}: a placement of experts changed an answer",
-    tolerance = VerificationError::TOLERANCE
-)]
-pub struct VerificationError {
-    /// Layer index.
-    pub layer: usize,
-    /// Local token of the step.
-    pub token: usize,
-    /// Largest difference of an element, over the largest element or 1.
-    pub difference: f32,
-}
-
-impl VerificationError {
-    /// Largest difference that is allowed.
-    pub const TOLERANCE: f32 = 1e-5;
-}
 
 /// Sizes that buffers are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +139,7 @@ pub struct InferenceModel {
     dense_ffn: Option<DenseFfn>,
     ffn: FfnScratch,
     moe: MoeScratch,
-    director: Option<ExpertDirector>,
+    director: Option<ExpertDirector<HostCopies>>,
     gate: Gate,
     verify_every: Option<u64>,
     /// `[max_tokens, hidden]` each: the residual stream, and what the next sub-layer makes of it.
@@ -202,9 +187,10 @@ impl InferenceModel {
         let director = match config.moe_layers() {
             0 => None,
             layers => {
+                let (bytes, free) = (weights.expert_bytes(), scheduler.costs.copy_ns == 0.0);
                 let scheduler = ExpertScheduler::new(scheduler, layers, config.experts, ranks)?;
-                let (bytes, tokens) = (weights.expert_bytes(), limits.max_tokens);
-                Some(ExpertDirector::new(config, scheduler, forecast, planning_flops, bytes, ranks, tokens))
+                let copies = HostCopies::new((0..layers).map(|number| config.moe_layer(number)), bytes, free);
+                Some(ExpertDirector::new(config, scheduler, forecast, planning_flops, bytes, ranks, copies))
             }
         };
         let stream = || vec![0.0; limits.max_tokens * config.hidden];
@@ -297,7 +283,7 @@ impl InferenceModel {
     /// # Panics
     /// If a feed's sequence is not in the cache.
     pub fn forward(&mut self, comm: &mut Comm, batch: InferenceBatch<'_>) -> Result<(), StepError> {
-        self.load(batch)?;
+        load_feeds(batch.feeds, &self.cache, &self.limits, self.weights.config(), &mut self.batch, &mut self.wanted)?;
         let InferenceModel {
             weights,
             compute,
@@ -322,7 +308,7 @@ impl InferenceModel {
         let elements = tokens * config.hidden;
         let (mut x, mut y) = (&mut x[..elements], &mut y[..elements]);
         if let Some(director) = director {
-            director.begin(pass.comm, |number| config.moe_layer(number), tokens, batch.truth);
+            director.begin(pass.comm, tokens, batch.truth)?;
         }
         pass.embed(dense, x)?;
 
@@ -330,18 +316,7 @@ impl InferenceModel {
         let mut number = 0;
         for layer in 0..config.layers {
             let (pages, cached) = cache.layer_mut(layer);
-            let mut start_row = 0;
-            let sequences: Vec<PagedSequence<'_>> = batch
-                .feeds
-                .iter()
-                .map(|feed| {
-                    let sequence = &cached[&feed.id];
-                    let rows = feed.tokens.len();
-                    start_row += rows;
-                    let start_row = start_row - rows;
-                    PagedSequence { start_row, rows, past: sequence.tokens, pages: &sequence.pages }
-                })
-                .collect();
+            let sequences = paged_sequences(batch.feeds, cached);
             attention.set_layer(layer);
             let cached = CachedLayer { sequences: &sequences, visible_pairs, pages };
             attention.forward_cached(&mut pass, dense, cached, x, y)?;
@@ -390,53 +365,71 @@ impl InferenceModel {
         kernels::matmul(compute, MatMut::new(logits, rows, vocab), normed, weight.t(), false);
         Ok(())
     }
+}
 
-    /// Takes a batch in.
-    fn load(&mut self, batch: InferenceBatch<'_>) -> Result<(), StepError> {
-        let error = |message: String| Err(StepError::Batch(message));
-        let vocab = self.config().vocab;
-        let LoadedBatch { input, positions, .. } = &mut self.batch;
-        input.clear();
-        positions.clear();
-        self.wanted.clear();
-        for feed in batch.feeds {
-            let sequence = self.cache.sequence(feed.id);
-            let (first, end) = (sequence.tokens, sequence.tokens + feed.tokens.len());
-            let room = (sequence.pages.len() * kernels::PAGE_TOKENS).min(self.limits.max_sequence_tokens);
-            if feed.tokens.is_empty() || end > room {
-                return error(format!(
-                    "sequence {} gets {} tokens after {first}, expected 1 to {}",
-                    feed.id,
-                    feed.tokens.len(),
-                    room - first
-                ));
-            }
-            if let Some(id) = feed.tokens.iter().find(|&&id| id as usize >= vocab) {
-                return error(format!("it has token id {id}, expected ids below vocab = {vocab}"));
-            }
-            let row = input.len();
-            input.extend_from_slice(feed.tokens);
-            positions.extend(first as u32..end as u32);
-            let rows: Range<usize> = match feed.logits {
-                LogitsOf::Nothing => 0..0,
-                LogitsOf::Last => input.len() - 1..input.len(),
-                LogitsOf::All => row..input.len(),
-            };
-            self.wanted.extend(rows.map(|row| row as u32));
-        }
-        if self.batch.input.len() > self.limits.max_tokens {
+/// Takes feeds in: `loaded` gets tokens and positions, `wanted` the rows whose logits are wanted.
+pub(crate) fn load_feeds(
+    feeds: &[SequenceFeed<'_>],
+    cache: &KvCache,
+    limits: &InferenceLimits,
+    config: &ModelConfig,
+    loaded: &mut LoadedBatch,
+    wanted: &mut Vec<u32>,
+) -> Result<(), StepError> {
+    let error = |message: String| Err(StepError::Batch(message));
+    let vocab = config.vocab;
+    let LoadedBatch { input, positions, .. } = loaded;
+    input.clear();
+    positions.clear();
+    wanted.clear();
+    for feed in feeds {
+        let sequence = cache.sequence(feed.id);
+        let (first, end) = (sequence.tokens, sequence.tokens + feed.tokens.len());
+        let room = (sequence.pages.len() * kernels::PAGE_TOKENS).min(limits.max_sequence_tokens);
+        if feed.tokens.is_empty() || end > room {
             return error(format!(
-                "it has {} tokens, expected at most {}",
-                self.batch.input.len(),
-                self.limits.max_tokens
+                "sequence {} gets {} tokens after {first}, expected 1 to {}",
+                feed.id,
+                feed.tokens.len(),
+                room - first
             ));
         }
-        Ok(())
+        if let Some(id) = feed.tokens.iter().find(|&&id| id as usize >= vocab) {
+            return error(format!("it has token id {id}, expected ids below vocab = {vocab}"));
+        }
+        let row = input.len();
+        input.extend_from_slice(feed.tokens);
+        positions.extend(first as u32..end as u32);
+        let rows: Range<usize> = match feed.logits {
+            LogitsOf::Nothing => 0..0,
+            LogitsOf::Last => input.len() - 1..input.len(),
+            LogitsOf::All => row..input.len(),
+        };
+        wanted.extend(rows.map(|row| row as u32));
     }
+    if input.len() > limits.max_tokens {
+        return error(format!("it has {} tokens, expected at most {}", input.len(), limits.max_tokens));
+    }
+    Ok(())
+}
+
+/// The sequences of a pass, whose rows follow each other in the order of the feeds.
+pub(crate) fn paged_sequences<'a>(
+    feeds: &[SequenceFeed<'_>],
+    cached: &'a HashMap<u32, CachedSequence>,
+) -> Vec<PagedSequence<'a>> {
+    let mut next = 0;
+    let sequence = |feed: &SequenceFeed<'_>| {
+        let CachedSequence { pages, tokens } = &cached[&feed.id];
+        let (start_row, rows) = (next, feed.tokens.len());
+        next += rows;
+        PagedSequence { start_row, rows, past: *tokens, pages }
+    };
+    feeds.iter().map(sequence).collect()
 }
 
 /// Pairs of a new token and one that it sees.
-fn visible_pairs(feeds: &[SequenceFeed<'_>], cache: &KvCache, window: Option<usize>) -> u64 {
+pub(crate) fn visible_pairs(feeds: &[SequenceFeed<'_>], cache: &KvCache, window: Option<usize>) -> u64 {
     let pairs = |feed: &SequenceFeed<'_>| -> u64 {
         let past = cache.sequence(feed.id).tokens;
         (past + 1..=past + feed.tokens.len()).map(|seen| seen.min(window.unwrap_or(seen)) as u64).sum()

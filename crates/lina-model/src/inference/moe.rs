@@ -11,20 +11,23 @@
 //! Invariant: where experts are changes no bit of the result. A row's product does not depend on the rows beside it,
 //! and a token's results are summed in the order of its choices.
 
+use std::time::Instant;
+
 use lina_comm::{AllToAllKind, Comm, CommError, Direction, Leg, WorkKind};
 use lina_kernels::{self as kernels, Mat, MatMut};
 
+use super::Gate;
 use super::director::ExpertDirector;
 use super::dispatch::DispatchPlan;
+use super::slot_copies::{HostCopies, SlotCopies};
+use super::verify::{VerificationError, recompute};
 use super::weights::InferenceWeights;
-use super::{Gate, VerificationError};
 use crate::batch::StepError;
 use crate::config::ModelConfig;
 use crate::exchanges::ExchangePool;
 use crate::experts::{ExpertShape, Experts};
 use crate::norm::Norm;
 use crate::pass::{Pass, grow, product_flops};
-use crate::routing::ChunkPlan;
 
 /// What all MoE layers of a rank use in turn.
 #[derive(Debug)]
@@ -49,6 +52,20 @@ pub(super) struct MoeScratch {
     units: Vec<f32>,
     returned: Vec<f32>,
     exchanges: ExchangePool,
+    max_tokens: usize,
+    next_gate: Option<NextGate>,
+}
+
+/// The gate of the layer after, asked ahead of time.
+#[derive(Debug)]
+struct NextGate {
+    norm: Norm,
+    /// `[tokens, experts]` twice, `[tokens, top_k]`.
+    logits: Vec<f32>,
+    probabilities: Vec<f32>,
+    gate_weight: Vec<f32>,
+    /// `[tokens, top_k]`: what it chooses.
+    index: Vec<u32>,
 }
 
 /// A layer that is computed, and how.
@@ -81,6 +98,8 @@ impl MoeScratch {
             units: Vec::new(),
             returned: Vec::new(),
             exchanges: ExchangePool::default(),
+            max_tokens,
+            next_gate: None,
         }
     }
 
@@ -88,7 +107,7 @@ impl MoeScratch {
     pub fn forward(
         &mut self,
         pass: &mut Pass<'_>,
-        director: &mut ExpertDirector,
+        director: &mut ExpertDirector<HostCopies>,
         layer: &MoeLayer<'_>,
         x: &[f32],
         y: &mut [f32],
@@ -97,14 +116,20 @@ impl MoeScratch {
         let (tokens, hidden) = (pass.tokens(), config.hidden);
         let begun = pass.comm.now();
         self.route(pass, layer, x)?;
+        if director.asks_next_gate(layer.number) {
+            let begun = Instant::now();
+            self.next_gate.get_or_insert_with(|| NextGate::new(config, self.max_tokens)).ask(pass, layer, x)?;
+            director.stats.estimating += begun.elapsed();
+        }
         let index = &self.index[..tokens * config.top_k];
-        director.observe(pass, layer, index, x)?;
+        director.observe(layer.number, index, self.next_gate.as_ref().map_or(&[], |gate| &gate.index));
 
         self.counts.clear();
         self.counts.resize(config.experts, 0);
         index.iter().for_each(|&expert| self.counts[expert as usize] += 1);
-        exchange_counts(pass.comm, &mut self.exchanges, director, layer, &self.counts, &mut self.assigned)?;
-        let shares = director.settle(pass, layer, &self.assigned)?;
+        let place = (layer.layer, layer.number);
+        exchange_counts(pass.comm, &mut self.exchanges, director, place, &self.counts, &mut self.assigned)?;
+        let shares = director.settle(pass.comm, layer.number, &self.assigned)?;
         self.plan.place(pass.comm.rank(), &shares, index, config.top_k);
 
         let rows = self.plan.rows();
@@ -173,10 +198,10 @@ impl MoeScratch {
     fn experts_exchanged(
         &mut self,
         pass: &mut Pass<'_>,
-        director: &mut ExpertDirector,
+        director: &mut ExpertDirector<HostCopies>,
         layer: &MoeLayer<'_>,
         experts: &Experts<'_>,
-    ) -> Result<(), CommError> {
+    ) -> Result<(), StepError> {
         let (hidden, rows) = (pass.config.hidden, self.plan.rows());
         let chunk = &self.plan.chunk;
         pass.work(WorkKind::Permute, Some(layer.layer), 0)?;
@@ -186,14 +211,14 @@ impl MoeScratch {
         kernels::gather_rows(pass.compute, self.norm.output(pass.tokens()), hidden, &self.plan.token_of_row, send);
         let ticket = pass.comm.all_to_all(exchange)?;
         // While the tokens travel: where the next layer's experts will be, and the copies that bring them there.
-        director.prepare_next(pass, layer)?;
+        director.prepare_next(pass.comm, layer.number)?;
 
         let exchange = pass.comm.wait(ticket)?;
         pass.work(WorkKind::Permute, Some(layer.layer), 0)?;
         grow(&mut self.inputs, rows * hidden);
         chunk.place_arrived(hidden, &exchange.recv, &mut self.inputs);
         self.exchanges.put(exchange, None);
-        director.wait_for_experts(pass.comm, layer)?;
+        director.wait_for_experts(pass.comm, layer.number)?;
         pass.work(WorkKind::ExpertFfn, Some(layer.layer), self.shape.flops(rows))?;
         let kind = self::kind(Leg::Combine, layer.layer);
         let returned = &mut self.returned;
@@ -222,21 +247,45 @@ impl MoeScratch {
         for token in (0..pass.tokens()).filter(|&token| (layer.token_offset + token as u64).is_multiple_of(every)) {
             let row = token * hidden..(token + 1) * hidden;
             let choices = token * top_k..(token + 1) * top_k;
-            let mut alone = x[row.clone()].to_vec();
-            for (&expert, &weight) in self.index[choices.clone()].iter().zip(&self.gate_weight[choices]) {
-                let chunk = ChunkPlan::of_one_expert(expert as usize, 1);
-                let mut projected = vec![0.0; self.shape.input_width];
-                let (mut units, mut output) = (vec![0.0; self.shape.inner], vec![0.0; hidden]);
-                experts.forward(&chunk, &normed[row.clone()], &mut projected, &mut units, &mut output);
-                alone.iter_mut().zip(&output).for_each(|(sum, value)| *sum += weight * value);
-            }
-            let largest = alone.iter().fold(1.0f32, |largest, value| largest.max(value.abs()));
-            let difference = alone.iter().zip(&y[row]).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max) / largest;
-            // A result that is no number is a difference too.
-            if difference.is_nan() || difference > VerificationError::TOLERANCE {
-                return Err(VerificationError { layer: layer.layer, token, difference });
-            }
+            let (index, weights) = (&self.index[choices.clone()], &self.gate_weight[choices]);
+            let alone = recompute(&experts, &normed[row.clone()], &x[row.clone()], index, weights);
+            VerificationError::check(layer.layer, token, VerificationError::TOLERANCE, &alone, &y[row])?;
         }
+        Ok(())
+    }
+}
+
+impl NextGate {
+    fn new(config: &ModelConfig, max_tokens: usize) -> Self {
+        NextGate {
+            norm: Norm::new(config, max_tokens),
+            logits: Vec::new(),
+            probabilities: Vec::new(),
+            gate_weight: Vec::new(),
+            index: Vec::new(),
+        }
+    }
+
+    /// Asks the gate of the layer with experts after `layer`, on the residual stream `x` that enters `layer`'s experts.
+    fn ask(&mut self, pass: &mut Pass<'_>, layer: &MoeLayer<'_>, x: &[f32]) -> Result<(), CommError> {
+        let (config, tokens) = (pass.config, pass.tokens());
+        let next = config.moe_layer(layer.number + 1);
+        pass.work(WorkKind::Router, Some(layer.layer), product_flops(tokens, config.experts, config.hidden))?;
+        self.norm.forward(pass, &pass.layout.layers[next].feed_forward.norm, layer.weights.dense(), x);
+        self.logits.resize(tokens * config.experts, 0.0);
+        self.probabilities.resize(tokens * config.experts, 0.0);
+        self.gate_weight.resize(tokens * config.top_k, 0.0);
+        self.index.resize(tokens * config.top_k, 0);
+        gate_logits(pass, next, layer.weights.dense(), &self.norm, &mut self.logits);
+        kernels::router_forward(
+            pass.compute,
+            &self.logits,
+            config.top_k,
+            false,
+            &mut self.probabilities,
+            &mut self.index,
+            &mut self.gate_weight,
+        );
         Ok(())
     }
 }
@@ -246,27 +295,29 @@ fn index_len(plan: &DispatchPlan) -> usize {
 }
 
 /// `logits = gate(normed)`, `[tokens, experts]`, of `layer`.
-pub(super) fn gate_logits(pass: &Pass<'_>, layer: usize, dense: &[f32], norm: &Norm, logits: &mut [f32]) {
+fn gate_logits(pass: &Pass<'_>, layer: usize, dense: &[f32], norm: &Norm, logits: &mut [f32]) {
     let (config, tokens) = (pass.config, pass.tokens());
     let gate = Mat::new(&dense[pass.layout.layers[layer].feed_forward.gate().clone()], config.experts, config.hidden);
     let normed = Mat::new(norm.output(tokens), tokens, config.hidden);
     kernels::matmul(pass.compute, MatMut::new(logits, tokens, config.experts), normed, gate.t(), false);
 }
 
-fn kind(leg: Leg, layer: usize) -> AllToAllKind {
+/// A layer's only exchange of that kind.
+pub(crate) fn kind(leg: Leg, layer: usize) -> AllToAllKind {
     AllToAllKind { direction: Direction::Forward, leg, layer: layer as u32, chunk: 0, chunks: 1 }
 }
 
 /// Tells all ranks this rank's counts and what it knows of the next layer, and learns theirs: `assigned` is
-/// `[ranks, experts]`. Counts travel as the bits of floats.
-fn exchange_counts(
+/// `[ranks, experts]`. The layer is given as its index in the model and among those with experts. Counts travel as the bits
+/// of floats.
+pub(crate) fn exchange_counts<C: SlotCopies>(
     comm: &mut Comm,
     exchanges: &mut ExchangePool,
-    director: &mut ExpertDirector,
-    layer: &MoeLayer<'_>,
+    director: &mut ExpertDirector<C>,
+    (layer, number): (usize, usize),
     counts: &[u32],
     assigned: &mut Vec<u32>,
-) -> Result<(), CommError> {
+) -> Result<(), StepError> {
     assigned.clear();
     if comm.ranks() == 1 {
         assigned.extend_from_slice(counts);
@@ -274,11 +325,11 @@ fn exchange_counts(
     }
     let len = counts.len() + director.message_len();
     let messages = vec![1; comm.ranks()];
-    let mut exchange = exchanges.take(kind(Leg::Counts, layer.layer), len, &messages, &messages, None);
+    let mut exchange = exchanges.take(kind(Leg::Counts, layer), len, &messages, &messages, None);
     let (first, others) = exchange.send[..len * messages.len()].split_at_mut(len);
     let (own_counts, own) = first.split_at_mut(counts.len());
     own_counts.iter_mut().zip(counts).for_each(|(element, &count)| *element = f32::from_bits(count));
-    director.write_message(comm, layer.number, own);
+    director.write_message(comm, number, own)?;
     others.chunks_exact_mut(len).for_each(|message| message.copy_from_slice(first));
     let ticket = comm.all_to_all(exchange)?;
     let exchange = comm.wait(ticket)?;

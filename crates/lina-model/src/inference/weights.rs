@@ -93,16 +93,16 @@ impl InferenceWeights {
         format!("{:032x}", hash.digest128())
     }
 
-    pub(super) fn layout(&self) -> &ParameterLayout {
+    pub(crate) fn layout(&self) -> &ParameterLayout {
         &self.layout
     }
 
-    pub(super) fn dense(&self) -> &[f32] {
+    pub(crate) fn dense(&self) -> &[f32] {
         &self.dense
     }
 
     /// A layer's experts, all of them, one block after another.
-    pub(super) fn layer_experts(&self, layer: usize) -> &[f32] {
+    pub(crate) fn layer_experts(&self, layer: usize) -> &[f32] {
         &self.experts[self.layout.layer_experts(layer)]
     }
 }

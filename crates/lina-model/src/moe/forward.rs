@@ -3,13 +3,13 @@
 use lina_comm::{CommError, Direction, Leg, WorkKind};
 use lina_kernels::{self as kernels, Mat, MatMut};
 
-use super::{Moe, MoeShared, RouterLosses, Steps, gate_input, receive};
+use super::{Moe, MoeShared, RouterLosses, Steps, exchange_counts, gate_input, receive};
 use crate::batch::StepError;
 use crate::config::AuxLoss;
 use crate::experts::Experts;
 use crate::params::Parameters;
 use crate::pass::{Pass, grow, product_flops};
-use crate::routing::{Routes, RoutingPlan};
+use crate::routing::Routes;
 
 impl Moe {
     /// `y = x + experts(norm(x))`, both `[tokens, hidden]`.
@@ -66,7 +66,8 @@ impl Moe {
         let chunks = if pass.comm.ranks() == 1 { 1 } else { pass.comm.moe_shape().chunks };
         self.plan.count(&shared.routes, index, chunks);
         if pass.comm.ranks() > 1 {
-            exchange_counts(pass, shared, &mut self.plan, self.layer)?;
+            exchange_counts(pass.comm, &mut shared.exchanges, &shared.routes, &mut self.plan, self.layer)?;
+            pass.work(WorkKind::Permute, Some(self.layer), 0)?;
         }
         let index = &self.expert_index[..tokens * top_k];
         let capacity_factor = config.router.capacity_factor.filter(|_| pass.step.training);
@@ -89,11 +90,7 @@ impl Moe {
             kernels::bias_grad(pass.compute, probabilities, &mut self.probability_sums);
             let coefficient = f64::from(config.router.aux_loss_coefficient) / pass.step.micro_batches();
             for (expert, gradient) in self.balance_gradient.iter_mut().enumerate() {
-                let chosen = match config.router.aux_loss {
-                    AuxLoss::Gshard => self.plan.global_first_choices(routes, expert),
-                    AuxLoss::Switch | AuxLoss::None => self.plan.global_assignments(routes, expert),
-                };
-                let slope = experts as f64 * (chosen as f64 / global_tokens) / global_tokens;
+                let slope = self.plan.balance_slope(routes, config.router.aux_loss, expert);
                 self.losses.balance += slope * f64::from(self.probability_sums[expert]);
                 *gradient = (coefficient * slope) as f32;
             }
@@ -194,29 +191,4 @@ impl Moe {
         }
         Ok(())
     }
-}
-
-/// Tells all ranks this rank's counts, and learns theirs.
-fn exchange_counts(
-    pass: &mut Pass<'_>,
-    shared: &mut MoeShared,
-    plan: &mut RoutingPlan,
-    layer: usize,
-) -> Result<(), CommError> {
-    let routes = &shared.routes;
-    let len = RoutingPlan::message_len(routes, plan.chunks.len());
-    let messages = vec![1; pass.comm.ranks()];
-    let kind = Steps { direction: Direction::Forward, layer, chunks: 1 }.kind(Leg::Counts, 0);
-    let mut exchange = shared.exchanges.take(kind, len, &messages, &messages, None);
-    for message in exchange.send.chunks_exact_mut(len).take(messages.len()) {
-        plan.write_message(routes, message);
-    }
-    let ticket = pass.comm.all_to_all(exchange)?;
-    let exchange = pass.comm.wait(ticket)?;
-    pass.work(WorkKind::Permute, Some(layer), 0)?;
-    for (source, message) in exchange.recv.chunks_exact(len).take(messages.len()).enumerate() {
-        plan.read_message(routes, source, message);
-    }
-    shared.exchanges.put(exchange, None);
-    Ok(())
 }

@@ -36,6 +36,7 @@ pub(super) fn write(out: &Path, config: &RunConfig, summary: &BenchSummary) -> R
                 Some(("measured".to_owned(), {
                     format!("{} of {} each", count(summary.rounds, "round"), count(summary.steps as usize, "step"))
                 })),
+                summary.emulated_device.clone().map(|sentence| ("devices".to_owned(), sentence)),
                 summary.deciding_sentence().map(|sentence| ("decisions".to_owned(), sentence)),
                 summary.network.clone().map(|sentence| ("network".to_owned(), sentence)),
             ]

@@ -40,6 +40,8 @@ pub struct BenchSummary {
     /// Share of a step that the brain's decisions take on a rank's communication thread, of the policy that decides
     /// most; `None` where times are virtual.
     pub deciding_share: Option<f64>,
+    /// What is emulated of the ranks' devices, where their messages are real.
+    pub emulated_device: Option<String>,
     /// What ranks measured of each other after the comparison, where they are processes.
     pub network: Option<String>,
 }
@@ -56,7 +58,7 @@ impl BenchSummary {
         for table in studies.into_iter().flatten() {
             text = text + "\n" + &table;
         }
-        for sentence in self.deciding_sentence().iter().chain(&self.network) {
+        for sentence in self.emulated_device.iter().chain(&self.deciding_sentence()).chain(&self.network) {
             text = text + "\n" + sentence;
         }
         text
@@ -112,6 +114,7 @@ impl BenchPlan {
                 let share = |candidate| measured.share_of_step(&measured.steps(candidate, false), |s| s.deciding_wall);
                 (0..compared).map(share).fold(0.0, f64::max)
             }),
+            emulated_device: config.cluster.emulated_device_sentence(),
             network: None,
         }
     }

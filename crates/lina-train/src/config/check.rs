@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use lina_net::Topology;
 use lina_plan::ExpertLayout;
 
-use super::{ClusterConfig, DeviceConfig, Engine, RunConfig};
+use super::{ClusterConfig, DeviceConfig, Engine, RunConfig, Scalar};
 use crate::launcher::launched_ranks;
 
 /// Something impossible, and the key to blame, so that the place can be looked up.
@@ -43,6 +43,14 @@ pub(super) fn check(config: &RunConfig) -> Check {
     within("policy.bucket_bytes", policy.bucket_bytes, 1..=MAX_BYTES)?;
     within("policy.partition_bytes", policy.partition_bytes, 1..=MAX_BYTES)?;
     within("policy.pipeline_chunks", policy.pipeline_chunks, 1..=MAX_CHUNKS)?;
+    if policy.hierarchical_all_to_all && config.cluster.engine == Engine::Nccl {
+        return problem(
+            "policy.hierarchical_all_to_all",
+            "`policy.hierarchical_all_to_all` is true, expected false on engine `nccl`, which has ways of its own inside a \
+             node"
+                .to_owned(),
+        );
+    }
     if let Some(most) = policy.max_experts_per_rank {
         within("policy.max_experts_per_rank", most, 1..=config.model.experts)?;
     }
@@ -90,7 +98,17 @@ fn check_train(config: &RunConfig) -> Check {
     within("train.eval_every", train.eval_every, 0..=MAX_STEPS)?;
     within("train.eval_sequences", train.eval_sequences, 1..=MAX_SEQUENCES)?;
     within("train.checkpoint_every", train.checkpoint_every, 0..=MAX_STEPS)?;
-    within("train.trace_steps", train.trace_steps, 0..=MAX_STEPS)
+    within("train.trace_steps", train.trace_steps, 0..=MAX_STEPS)?;
+    if train.dtype != Scalar::Float32 && !config.cluster.engine.has_gpus() {
+        let engine = config.cluster.engine.name();
+        return problem(
+            "train.dtype",
+            format!(
+                "`train.dtype` is bfloat16, expected float32 on engine `{engine}`: processors compute in nothing else"
+            ),
+        );
+    }
+    Ok(())
 }
 
 fn check_data(config: &RunConfig) -> Check {
@@ -123,7 +141,7 @@ pub(super) fn check_ranks(cluster: &ClusterConfig) -> Check {
             format!("this build has no engine `{}`, it has {built}; `lina doctor` says more", engine.name()),
         );
     }
-    if let Some(launched) = launched_ranks().filter(|_| engine == Engine::Mpi) {
+    if let Some(launched) = launched_ranks().filter(|_| engine.has_processes()) {
         let expected = format_args!("{launched}, the number that the launcher started; it need not be written");
         require(cluster.ranks == launched, "cluster.ranks", cluster.ranks, expected)?;
     }
@@ -155,12 +173,19 @@ pub(super) fn check_ranks(cluster: &ClusterConfig) -> Check {
         require(positive(limit_gib), "cluster.memory_limit_gib", limit_gib, "a number of GiB above 0")?;
     }
     match (&cluster.link, &cluster.device) {
-        (Some(_), _) if engine == Engine::Mpi => problem(
+        (Some(_), _) if engine.has_processes() => problem(
             "cluster.link",
-            "`cluster.link` is set, but the network of engine `mpi` is a real one; remove it, as --set cluster.link= does"
-                .to_owned(),
+            format!(
+                "`cluster.link` is set, but the network of engine `{}` is a real one; remove it, as --set cluster.link= \
+                 does",
+                engine.name()
+            ),
         ),
-        (None, Some(device)) if engine == Engine::Mpi => check_device(device),
+        (None, Some(device)) if engine.has_gpus() && device.memory_gib.is_some() => problem(
+            "cluster.device.memory_gib",
+            "`cluster.device.memory_gib` is set, but the memory of engine `nccl` is a GPU's; remove it".to_owned(),
+        ),
+        (None, Some(device)) if engine.has_processes() => check_device(device),
         (Some(_), None) => problem("cluster.link", missing_half("link", "device")),
         (None, Some(_)) => problem("cluster.device", missing_half("device", "link")),
         (None, None) => Ok(()),

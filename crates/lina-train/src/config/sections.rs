@@ -49,6 +49,18 @@ pub struct TrainConfig {
     pub document_masking: bool,
     /// How many of the last steps the trace records; 0 records none.
     pub trace_steps: u64,
+    /// How GPUs store activations and multiply; sums, master weights and moments are f32.
+    pub dtype: Scalar,
+}
+
+/// A type of floating-point numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scalar {
+    /// 32 bits.
+    Float32,
+    /// The upper 16 of them.
+    Bfloat16,
 }
 
 impl Default for TrainConfig {
@@ -72,6 +84,7 @@ impl Default for TrainConfig {
             checkpoint_every: 0,
             document_masking: false,
             trace_steps: 2,
+            dtype: Scalar::Float32,
         }
     }
 }
@@ -84,13 +97,31 @@ pub enum Engine {
     Local,
     /// MPI.
     Mpi,
-    /// NCCL.
+    /// NCCL, between ranks that compute on GPUs.
     Nccl,
 }
 
 impl Engine {
     /// The engines that this build has.
-    pub const BUILT: &[Engine] = if cfg!(feature = "mpi") { &[Engine::Local, Engine::Mpi] } else { &[Engine::Local] };
+    pub const BUILT: &[Engine] = match (cfg!(feature = "mpi"), cfg!(feature = "cuda")) {
+        (false, false) => &[Engine::Local],
+        (true, false) => &[Engine::Local, Engine::Mpi],
+        (false, true) => &[Engine::Local, Engine::Nccl],
+        (true, true) => &[Engine::Local, Engine::Mpi, Engine::Nccl],
+    };
+
+    /// Whether every rank is a process of its own, started by a launcher.
+    pub fn has_processes(self) -> bool {
+        match self {
+            Engine::Local => false,
+            Engine::Mpi | Engine::Nccl => true,
+        }
+    }
+
+    /// Whether ranks compute on GPUs.
+    pub fn has_gpus(self) -> bool {
+        self == Engine::Nccl
+    }
 
     /// The name in configuration files and on the command line.
     pub fn name(self) -> &'static str {
@@ -106,7 +137,7 @@ impl Engine {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ClusterConfig {
-    /// Number of ranks; on MPI as many as the launcher starts, which need not be written.
+    /// Number of ranks; where ranks are processes as many as the launcher starts, which need not be written.
     pub ranks: usize,
     /// What carries their messages.
     pub engine: Engine,
@@ -124,7 +155,8 @@ pub struct ClusterConfig {
     pub memory_limit_gib: Option<f64>,
     /// Links of an emulated cluster; goes with `device`.
     pub link: Option<LinkConfig>,
-    /// Devices of an emulated cluster, goes with `link`; on MPI, ranks wait as if they computed on such devices.
+    /// Devices of an emulated cluster, goes with `link`; where ranks are processes, they wait as if they computed on such
+    /// devices.
     pub device: Option<DeviceConfig>,
 }
 
@@ -151,14 +183,14 @@ impl ClusterConfig {
         if self.threads > 0 {
             return self.threads;
         }
-        let ranks = if self.engine == Engine::Mpi { launched_ranks_here().unwrap_or(1) } else { ranks };
+        let ranks = if self.engine.has_processes() { launched_ranks_here().unwrap_or(1) } else { ranks };
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         (cores / ranks.max(1)).max(1)
     }
 
     /// Whether this process speaks for the job: where every rank is a process, rank 0's alone does.
     pub fn leads(&self) -> bool {
-        self.engine != Engine::Mpi || launched_rank().is_none_or(|rank| rank == 0)
+        !self.engine.has_processes() || launched_rank().is_none_or(|rank| rank == 0)
     }
 
     /// Links and the device's rate in GFLOP/s, if the cluster is an emulated one.
@@ -175,16 +207,25 @@ impl ClusterConfig {
         self.link.is_some() && self.device.is_some()
     }
 
+    /// What tables say where messages are real and ranks wait as if they computed on other devices.
+    pub fn emulated_device_sentence(&self) -> Option<String> {
+        let device = self.device.filter(|_| self.link.is_none())?;
+        Some(format!(
+            "Devices are emulated: each rank takes as long as one of {} GFLOP/s would for its matrix products.",
+            device.gflops
+        ))
+    }
+
     /// Number of nodes.
     pub fn node_count(&self) -> usize {
         self.link.and_then(|link| link.nodes).or(self.nodes).unwrap_or(self.ranks)
     }
 
-    /// Whether there are several nodes, with several ranks each and equally many: all-to-alls may go inside a node
-    /// first then.
+    /// Whether there are several nodes, with several ranks each and equally many, and all-to-alls may go inside a node
+    /// first: NCCL has ways of its own.
     pub fn has_nodes(&self) -> bool {
         let nodes = self.node_count();
-        nodes > 1 && nodes < self.ranks && self.ranks.is_multiple_of(nodes)
+        self.engine != Engine::Nccl && nodes > 1 && nodes < self.ranks && self.ranks.is_multiple_of(nodes)
     }
 
     /// `memory_limit_gib` in bytes.

@@ -56,8 +56,12 @@ impl Run {
         self.metric("loss")
     }
 
+    pub fn checkpoint(&self, step: u64) -> PathBuf {
+        self.out().join(format!("checkpoint-{step}"))
+    }
+
     pub fn weights(&self, step: u64) -> Vec<u8> {
-        std::fs::read(self.out().join(format!("checkpoint-{step}/model.safetensors"))).unwrap()
+        std::fs::read(self.checkpoint(step).join("model.safetensors")).unwrap()
     }
 }
 

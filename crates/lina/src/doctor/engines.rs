@@ -1,17 +1,30 @@
-//! What each engine needs, and what of it is there.
-
-use std::fs;
-use std::path::Path;
+//! What each engine and each device needs, and what of it is there.
 
 use lina_train::Engine;
 use serde::Serialize;
 
+use super::cuda::Cuda;
 use super::installed::{Installed, output, program};
 
 /// An engine on this machine.
 #[derive(Debug, Serialize)]
 pub(super) struct EngineFindings {
     pub(super) engine: &'static str,
+    #[serde(flatten)]
+    pub(super) readiness: Readiness,
+}
+
+/// A kind of device on this machine.
+#[derive(Debug, Serialize)]
+pub(super) struct DeviceFindings {
+    pub(super) device: &'static str,
+    #[serde(flatten)]
+    pub(super) readiness: Readiness,
+}
+
+/// Whether something can be used.
+#[derive(Debug, Serialize)]
+pub(super) struct Readiness {
     /// Whether this program can use it.
     pub(super) built: bool,
     /// Whether it would run here: built, and nothing missing.
@@ -22,23 +35,34 @@ pub(super) struct EngineFindings {
     pub(super) advice: Option<String>,
 }
 
-impl EngineFindings {
-    fn new(engine: Engine, found: Vec<String>, missing: Vec<String>, remedy: &str) -> Self {
-        let built = Engine::BUILT.contains(&engine);
+impl Readiness {
+    /// `not_built` says what to do where this build does not have it.
+    fn new(built: bool, found: Vec<String>, missing: Vec<String>, remedy: &str, not_built: &str) -> Self {
         let advice = match (built, missing.is_empty()) {
             (true, true) => None,
             (true, false) => Some(format!("{remedy}.")),
-            (false, true) => Some(format!("the machine is ready, but {}.", not_built(engine))),
-            (false, false) => Some(format!("{remedy}; besides, {}.", not_built(engine))),
+            (false, true) => Some(format!("the machine is ready, but {not_built}.")),
+            (false, false) => Some(format!("{remedy}; besides, {not_built}.")),
         };
-        EngineFindings { engine: engine.name(), built, ready: built && missing.is_empty(), found, missing, advice }
+        Readiness { built, ready: built && missing.is_empty(), found, missing, advice }
+    }
+}
+
+impl EngineFindings {
+    fn new(engine: Engine, found: Vec<String>, missing: Vec<String>, remedy: &str) -> Self {
+        let built = Engine::BUILT.contains(&engine);
+        let readiness = Readiness::new(built, found, missing, remedy, &not_built(engine));
+        EngineFindings { engine: engine.name(), readiness }
     }
 }
 
 fn not_built(engine: Engine) -> String {
     let built = Engine::BUILT.iter().map(|engine| engine.name()).collect::<Vec<_>>().join(", ");
-    let build = if engine == Engine::Mpi { ", or build with `--features lina/mpi`" } else { "" };
-    format!("this build has no engine `{}`: use `--engine {built}`{build}", engine.name())
+    let feature = if engine == Engine::Mpi { "mpi" } else { "cuda" };
+    format!(
+        "this build has no engine `{}`: use `--engine {built}`, or build with `--features lina/{feature}`",
+        engine.name()
+    )
 }
 
 /// Threads of one process need nothing.
@@ -66,49 +90,19 @@ pub(super) fn mpi(installed: &Installed) -> EngineFindings {
     EngineFindings::new(Engine::Mpi, found, missing, remedy)
 }
 
-/// NVIDIA's driver, and the libraries that are loaded when the engine starts.
-pub(super) fn nccl(installed: &Installed) -> EngineFindings {
-    const LIBRARIES: [(&str, &str); 5] = [
-        ("libcuda.so", "the driver's library"),
-        ("libnccl.so", "NCCL"),
-        ("libnvrtc.so", "CUDA's run-time compiler"),
-        ("libcublas.so", "cuBLAS"),
-        ("libcublasLt.so", "cuBLASLt"),
-    ];
-    let (mut found, mut missing) = (Vec::new(), Vec::new());
-    let driver = Path::new("/proc/driver/nvidia");
-    match fs::read_to_string(driver.join("version")) {
-        Ok(version) => {
-            let line = version.lines().next().unwrap_or_default().trim_start_matches("NVRM version:");
-            found.push(format!("driver {}", line.split_whitespace().collect::<Vec<_>>().join(" ")));
-        }
-        Err(_) => missing.push("NVIDIA's driver".to_owned()),
-    }
-    let gpus = gpu_models(&driver.join("gpus"));
-    if gpus.is_empty() {
-        missing.push("an NVIDIA GPU".to_owned());
-    }
-    found.extend(gpus.into_iter().map(|model| format!("GPU {model}")));
-    for (name, what) in LIBRARIES {
-        match installed.library(name) {
-            Some(library) => found.push(format!("library {}", library.display())),
-            None => missing.push(format!("{what} ({name})")),
-        }
-    }
+/// What a device needs, and NCCL, which a rank alone does without.
+pub(super) fn nccl(cuda: &Cuda) -> EngineFindings {
+    let (found, missing) = cuda.nccl();
     let remedy = "install NVIDIA's driver, the CUDA toolkit and NCCL, and put their libraries on LD_LIBRARY_PATH";
     EngineFindings::new(Engine::Nccl, found, missing, remedy)
 }
 
-/// Models of the GPUs that the driver lists, each in a folder with a file `information`.
-fn gpu_models(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut models: Vec<String> = entries
-        .filter_map(|entry| {
-            let information = fs::read_to_string(entry.path().join("information")).ok()?;
-            let model = information.lines().find_map(|line| line.strip_prefix("Model:"))?;
-            Some(model.trim().to_owned())
-        })
-        .collect();
-    models.sort();
-    models
+/// Devices that ranks compute on.
+pub(super) fn devices(cuda: &Cuda) -> Vec<DeviceFindings> {
+    let processor = Readiness::new(true, vec!["this machine's processor".to_owned()], Vec::new(), "", "");
+    let (found, missing) = cuda.device();
+    let not_built = "this build has no device `cuda`: build with `--features lina/cuda`";
+    let remedy = "install NVIDIA's driver and the CUDA toolkit, and put their libraries on LD_LIBRARY_PATH";
+    let gpus = Readiness::new(cfg!(feature = "cuda"), found, missing, remedy, not_built);
+    vec![DeviceFindings { device: "cpu", readiness: processor }, DeviceFindings { device: "cuda", readiness: gpus }]
 }

@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Folders in which CUDA's installers put libraries without telling the loader.
@@ -29,11 +29,14 @@ impl Installed {
 
     /// The first library whose file is `name`, alone or with a version after it.
     pub(super) fn library(&self, name: &str) -> Option<&PathBuf> {
-        self.libraries.iter().find(|path| {
-            let rest = path.file_name().and_then(|file| file.to_str()).and_then(|file| file.strip_prefix(name));
-            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-        })
+        self.libraries.iter().find(|path| is_library(path, name))
     }
+}
+
+/// Whether the file at `path` is the library `name`, alone or with a version after it.
+pub(super) fn is_library(path: &Path, name: &str) -> bool {
+    let rest = path.file_name().and_then(|file| file.to_str()).and_then(|file| file.strip_prefix(name));
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// The loader's cache, whose program is often not on a user's `PATH`.

@@ -114,6 +114,7 @@ fn what_cannot_be_generated() {
     let path = folder.path();
     for (options, sentence) in [
         (&["--ranks", "0"][..], "--ranks is 0, expected a number from 1 to 1024"),
+        (&["--dtype", "bfloat16"], "--dtype is bfloat16, expected float32: processors compute in nothing else"),
         (&["--temperature", "-1"], "--temperature is -1, expected a finite number that is not negative"),
         (&["--top-p", "1.5"], "--top-p is 1.5, expected a number from 0 to 1"),
         (&["--stop", ""], "--stop is empty, expected a text before which the answer ends"),

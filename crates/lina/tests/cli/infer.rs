@@ -239,6 +239,7 @@ fn a_token_is_compared_with_reading_its_weights() {
     assert_eq!(json(path, &[&of_sizes[..], &["--json", "--quiet"]].concat())["initial_weights"], true);
     for (options, sentence) in [
         (&["--rounds", "0"][..], "--rounds is 0, expected a number from 1 to 10000"),
+        (&["--dtype", "bfloat16"], "--dtype is bfloat16, expected float32: processors compute in nothing else"),
         (&["--prompt-tokens", "97"], "--prompt-tokens is 97, expected a number from 1 to 96, the model's positions"),
         (
             &["--tokens", "33", "--prompt-tokens", "9"],

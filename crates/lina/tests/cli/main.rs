@@ -4,6 +4,7 @@ mod bad_input;
 mod common;
 mod disk;
 mod generate;
+mod gpus;
 mod infer;
 mod run_folder;
 #[cfg(unix)]

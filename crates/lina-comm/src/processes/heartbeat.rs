@@ -1,4 +1,4 @@
-//! The heartbeat beside MPI: MPI does not say that a rank has died or fallen silent, it waits.
+//! The heartbeat beside MPI or NCCL, which do not say that a rank has died or fallen silent, but wait.
 //!
 //! Every two ranks share a TCP connection. A rank that lives says so regularly; a connection that closes without a
 //! farewell means that the rank has died; one on which nothing comes for the set time, that it is silent. Whoever
@@ -36,18 +36,18 @@ const RANK_FAILED: u8 = 3;
 const RANK_SILENT: u8 = 4;
 
 /// Where the other ranks find this one.
-pub(super) struct Meeting {
+pub(crate) struct Meeting {
     listener: TcpListener,
 }
 
 impl Meeting {
-    pub(super) fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         Ok(Meeting { listener: TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))? })
     }
 
     /// Addresses of this host, each with the port, separated by spaces. Loopback is first: it serves ranks of one host,
     /// and is refused at once where there is none.
-    pub(super) fn addresses(&self) -> io::Result<String> {
+    pub(crate) fn addresses(&self) -> io::Result<String> {
         let port = self.listener.local_addr()?.port();
         let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST)];
         addresses.extend(if_addrs::get_if_addrs()?.iter().map(if_addrs::Interface::ip).filter(IpAddr::is_ipv4));
@@ -61,7 +61,7 @@ impl Meeting {
     ///
     /// # Errors
     /// A sentence that names a rank that cannot be reached.
-    pub(super) fn connect(
+    pub(crate) fn connect(
         self,
         rank: usize,
         token: u64,
@@ -143,7 +143,7 @@ fn answer(mut stream: &TcpStream, token: u64, rank: usize) -> Option<usize> {
 }
 
 /// The heartbeat of one rank: a thread that speaks and listens until this value is dropped.
-pub(super) struct Heartbeat {
+pub(crate) struct Heartbeat {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -159,6 +159,7 @@ struct Shared {
 struct State {
     /// By rank; `None` for this one.
     peers: Vec<Option<Peer>>,
+    progress: u64,
     failure: Option<CommError>,
     /// The job has ended.
     over: bool,
@@ -168,12 +169,13 @@ struct Peer {
     stream: TcpStream,
     inbox: Vec<u8>,
     heard: Instant,
+    progress: u64,
     said_farewell: bool,
     closed: bool,
 }
 
 impl Heartbeat {
-    pub(super) fn start(
+    pub(crate) fn start(
         rank: usize,
         streams: Vec<Option<TcpStream>>,
         timeout: Duration,
@@ -189,11 +191,12 @@ impl Heartbeat {
                 stream,
                 inbox: Vec::new(),
                 heard: Instant::now(),
+                progress: 0,
                 said_farewell: false,
                 closed: false,
             }));
         }
-        let state = Mutex::new(State { peers, failure: None, over: false });
+        let state = Mutex::new(State { peers, progress: 0, failure: None, over: false });
         let shared = Arc::new(Shared { rank, timeout, mailbox, last_words, state });
         let watched = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(format!("lina-heart-{rank}")).spawn(move || watched.watch())?;
@@ -201,22 +204,37 @@ impl Heartbeat {
     }
 
     /// Why the job has ended early, if it has.
-    pub(super) fn failure(&self) -> Option<CommError> {
+    pub(crate) fn failure(&self) -> Option<CommError> {
         self.shared.lock().failure.clone()
     }
 
     /// Whether `rank` has said that it has nothing more to do.
-    pub(super) fn has_left(&self, rank: usize) -> bool {
+    pub(crate) fn has_left(&self, rank: usize) -> bool {
         self.shared.lock().peers[rank].as_ref().is_some_and(|peer| peer.said_farewell)
     }
 
+    /// How far this rank has come, as a number that grows; travels with the beats.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn set_progress(&self, progress: u64) {
+        self.shared.lock().progress = progress;
+    }
+
+    /// The rank that has come least far, as far as is known, and how far.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn slowest(&self) -> (usize, u64) {
+        let state = self.shared.lock();
+        let of = |peer: &Option<Peer>| peer.as_ref().map_or(state.progress, |peer| peer.progress);
+        let all = state.peers.iter().map(of).enumerate();
+        all.min_by_key(|&(_, progress)| progress).unwrap_or((self.shared.rank, state.progress))
+    }
+
     /// Ends the job on every rank.
-    pub(super) fn fail(&self, failure: CommError) {
+    pub(crate) fn fail(&self, failure: CommError) {
         self.shared.fail(&mut self.shared.lock(), failure);
     }
 
     /// This rank has done its part: when its connections close, nothing is wrong.
-    pub(super) fn farewell(&self) {
+    pub(crate) fn farewell(&self) {
         self.shared.lock().tell_all(&[FAREWELL]);
     }
 }
@@ -246,7 +264,8 @@ impl Shared {
             }
             if spoken.is_none_or(|at| at.elapsed() >= beat) {
                 spoken = Some(Instant::now());
-                state.tell_all(&[ALIVE]);
+                let beat = alive(state.progress);
+                state.tell_all(&beat);
             }
             if let Some(failure) = state.listen().or_else(|| self.silent(&state)) {
                 self.fail(&mut state, failure);
@@ -279,7 +298,7 @@ impl Shared {
         if state.failure.is_none() {
             state.tell_all(&encode(&failure));
             state.failure = Some(failure.clone());
-            // The communication thread may be inside MPI, which does not return once it has lost a peer.
+            // The communication thread may be inside a library that does not return once it has lost a peer.
             self.mailbox.fail(failure);
             self.mailbox.poke();
         }
@@ -319,7 +338,7 @@ impl State {
             while let Some((message, len)) = decode(&peer.inbox) {
                 peer.inbox.drain(..len);
                 match message {
-                    Message::Alive => {}
+                    Message::Alive(progress) => peer.progress = progress,
                     Message::Farewell => peer.said_farewell = true,
                     Message::Failed(failure) => found = found.or(Some(failure)),
                 }
@@ -357,9 +376,17 @@ impl Peer {
 
 #[derive(Debug, PartialEq)]
 enum Message {
-    Alive,
+    /// And how far the rank has come.
+    Alive(u64),
     Farewell,
     Failed(CommError),
+}
+
+/// A beat as a message: what it is, how far the rank has come.
+fn alive(progress: u64) -> [u8; 9] {
+    let mut message = [ALIVE; 9];
+    message[1..].copy_from_slice(&progress.to_le_bytes());
+    message
 }
 
 /// A failure as a message: what it is, the rank, the seconds, the text's length, the text.
@@ -398,7 +425,7 @@ fn decode(bytes: &[u8]) -> Option<(Message, usize)> {
             };
             Some((Message::Failed(failure), HEAD + len))
         }
-        _ => Some((Message::Alive, 1)),
+        _ => Some((Message::Alive(u64::from_le_bytes(bytes.get(1..9)?.try_into().ok()?)), 9)),
     }
 }
 
@@ -415,7 +442,8 @@ mod tests {
             assert!((0..bytes.len()).all(|len| decode(&bytes[..len]).is_none()));
             assert_eq!(decode(&bytes), Some((Message::Failed(failure), bytes.len())));
         }
-        assert_eq!(decode(&[ALIVE, FAREWELL]), Some((Message::Alive, 1)));
+        let bytes = alive(1 << 40);
+        assert_eq!((decode(&bytes[..8]), decode(&bytes)), (None, Some((Message::Alive(1 << 40), 9))));
         assert_eq!(decode(&[FAREWELL]), Some((Message::Farewell, 1)));
     }
 
@@ -464,5 +492,17 @@ mod tests {
         let failure = CommError::RankFailed { rank: 1, reason: "it was told to".to_owned() };
         hearts[1].fail(failure.clone());
         assert!(hearts.iter().all(|heart| wait_for(heart) == failure));
+    }
+
+    #[cfg(feature = "nccl")]
+    #[test]
+    fn the_rank_that_is_behind_is_known() {
+        let hearts = hearts(3, Duration::from_millis(500));
+        hearts.iter().zip([5, 3, 7]).for_each(|(heart, progress)| heart.set_progress(progress));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while hearts.iter().any(|heart| heart.slowest() != (1, 3)) {
+            assert!(Instant::now() < deadline, "beats carry how far ranks have come");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }

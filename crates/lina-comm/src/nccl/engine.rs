@@ -1,0 +1,751 @@
+//! The engine: operations are launched one after another in the order of their submission, each on the stream of its
+//! class, and finish when an event behind them has happened. With an all-to-all's data every rank tells every other when it
+//! launched, from which all know how long the exchange itself took.
+
+use std::collections::VecDeque;
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lina_cuda::cudarc::driver::result::memcpy_dtod_async;
+use lina_cuda::cudarc::driver::sys::CUstream;
+use lina_cuda::{Buffer, CudaError, DType, Device, Event, Priority, Stream};
+
+use super::NcclConfig;
+use super::library::{Communicator, Nccl, State, UniqueId};
+use super::staging::{Stage, write};
+use super::star::Star;
+use super::start::Started;
+use crate::driver::{Operation, Reduction};
+use crate::exchange::AnyExchange;
+use crate::processes::heartbeat::Heartbeat;
+use crate::processes::{Assembly, Fault, Patience};
+use crate::threaded::{Engine, Finished, LOOK_AROUND};
+use crate::transfer::sum_control;
+use crate::wire::{CHANNELS, Channel};
+use crate::{CommError, DeviceExchange, Exchange};
+
+/// Looks at what is under way with only a yield in between, after something has happened: some 50 us.
+const YIELDS: u32 = 40;
+/// No sleep is longer while operations are under way.
+const LONGEST_SLEEP: Duration = Duration::from_micros(50);
+/// What goes wrong here may be another rank's end, which its heartbeat tells within this time.
+const SECOND_OPINION: Duration = Duration::from_millis(500);
+/// What a rank has sent before it left comes within this time.
+const DELIVERY: Duration = Duration::from_secs(2);
+/// Bytes in which a rank says when it launched an all-to-all: nanoseconds since the epoch, which all ranks have in common.
+const LAUNCH_TIME: usize = size_of::<u64>();
+/// Bytes of the smallest stage.
+const SMALLEST_STAGE: usize = 4096;
+/// Elements of the sums with which a group's ranks are connected: NCCL has one way for small ones and one for large ones.
+const CONNECTING: [usize; 2] = [256, 1 << 20];
+/// Thread blocks of a kernel of NCCL's where ranks share a GPU: kernels of all of them have to run at the same time, or
+/// they wait for each other for ever.
+const BLOCKS_OF_SHARED: u16 = 4;
+/// How long what is under way may take to end once its communicator has been given up.
+const ABORT: Duration = Duration::from_secs(2);
+
+impl From<CudaError> for Fault {
+    fn from(error: CudaError) -> Self {
+        Fault(error.to_string())
+    }
+}
+
+/// An operation under way.
+struct UnderWay {
+    launched: Instant,
+    /// Behind it in its stream, once it has been enqueued.
+    done: Option<Event>,
+    task: Task,
+}
+
+enum Task {
+    /// With a stage for this rank's launch time and those of all ranks.
+    Exchange {
+        index: u32,
+        exchange: DeviceExchange,
+        times: Stage,
+    },
+    /// With a stage for the pieces, each behind its sender's launch time. Bytes from `received` on have come.
+    HostExchange {
+        index: u32,
+        exchange: Exchange,
+        stage: Stage,
+        received: usize,
+    },
+    Reduction(Reduction),
+    /// A small sum, of which every rank's `bytes` bytes come into the stage, by rank.
+    Control {
+        stage: Stage,
+        bytes: usize,
+    },
+}
+
+/// The operations of a class.
+struct Lane {
+    stream: Stream,
+    under_way: VecDeque<UnderWay>,
+    /// Spare ones, whose copies are in the order of this stream.
+    stages: Vec<Stage>,
+}
+
+impl Lane {
+    /// Its kernels go ahead of the computation's: they are few and small, and others wait for them.
+    fn new(device: &Device) -> Result<Self, CudaError> {
+        let stream = Stream::new(device, Priority::High)?;
+        Ok(Lane { stream, under_way: VecDeque::new(), stages: Vec::new() })
+    }
+
+    /// A stage for at least `bytes` bytes.
+    fn stage(&mut self, bytes: usize) -> Result<Stage, CudaError> {
+        let fitting = (0..self.stages.len()).filter(|&i| self.stages[i].capacity() >= bytes);
+        match fitting.min_by_key(|&i| self.stages[i].capacity()) {
+            Some(smallest) => Ok(self.stages.swap_remove(smallest)),
+            None => Stage::new(&self.stream, bytes.next_power_of_two().max(SMALLEST_STAGE)),
+        }
+    }
+}
+
+/// The communicator of a set of ranks; `None` on ranks outside.
+type Slot = (Vec<usize>, Option<Communicator>);
+
+pub(super) struct NcclEngine {
+    rank: usize,
+    ranks: usize,
+    members: Arc<Vec<Vec<usize>>>,
+    timeout: Duration,
+    /// The moment from which all ranks count time.
+    epoch: Instant,
+    device: Device,
+    /// Whether other ranks have the same GPU.
+    shared: bool,
+    nccl: &'static Nccl,
+    star: Star,
+    /// Of all ranks: the all-to-alls' and the closing sums', where there is more than one rank.
+    all_to_all: Option<Communicator>,
+    control: Option<Communicator>,
+    /// Of the sets of ranks that reduction groups have, each once; none of a single rank.
+    groups: Vec<Slot>,
+    /// By channel.
+    lanes: [Lane; CHANNELS],
+    /// Not yet launched, in order.
+    waiting: VecDeque<Operation>,
+    /// The class of the newest operation, if NCCL is still preparing it. Nothing else is launched meanwhile: devices run
+    /// all ranks' operations in one order.
+    preparing: Option<Channel>,
+    /// Operations started or skipped; the same count means the same operation on all ranks.
+    started: u64,
+    events: Vec<Event>,
+    patience: Patience,
+    looked: Instant,
+    failure: Option<CommError>,
+    /// Beats until the last communicator is taken apart.
+    heartbeat: Heartbeat,
+}
+
+impl NcclEngine {
+    /// Makes the communicators; all ranks call it together, with the same moment as their `epoch`.
+    pub(super) fn new(
+        started: Started,
+        config: &NcclConfig,
+        members: Arc<Vec<Vec<usize>>>,
+        epoch: Instant,
+    ) -> Result<Self, Fault> {
+        let Started { rank, device, shared, nccl, star, heartbeat, .. } = started;
+        device.bind()?;
+        let lanes = [Lane::new(&device)?, Lane::new(&device)?, Lane::new(&device)?];
+        let mut engine = NcclEngine {
+            rank,
+            ranks: config.ranks,
+            timeout: config.timeout,
+            epoch,
+            device,
+            shared,
+            nccl,
+            star,
+            all_to_all: None,
+            control: None,
+            groups: Vec::new(),
+            lanes,
+            waiting: VecDeque::new(),
+            preparing: None,
+            started: 0,
+            events: Vec::new(),
+            patience: Patience::new(YIELDS, LONGEST_SLEEP),
+            looked: Instant::now(),
+            failure: None,
+            heartbeat,
+            members,
+        };
+        if engine.ranks > 1 {
+            let all: Vec<usize> = (0..engine.ranks).collect();
+            let mut made = engine.make(&[all.clone(), all])?.into_iter();
+            engine.all_to_all = made.next().flatten();
+            engine.control = made.next().flatten();
+            engine.connect(engine.all_to_all.as_ref(), 1 + engine.ranks, |communicator, at, stream| {
+                let bytes = size_of::<f32>();
+                (0..engine.ranks).filter(|&peer| peer != engine.rank).try_for_each(|peer| {
+                    let place = at + ((1 + peer) * bytes) as u64;
+                    // SAFETY: `connect` keeps the memory.
+                    unsafe { communicator.send(at, bytes, peer, stream) }?;
+                    // SAFETY: as above.
+                    unsafe { communicator.receive(place, bytes, peer, stream) }
+                })
+            })?;
+            engine.make_groups()?;
+        }
+        Ok(engine)
+    }
+
+    /// Makes a communicator for each of `sets`, on its members. All ranks call it together; blocks.
+    fn make(&mut self, sets: &[Vec<usize>]) -> Result<Vec<Option<Communicator>>, Fault> {
+        let mut mine = Vec::new();
+        for _ in sets.iter().filter(|members| members[0] == self.rank) {
+            mine.extend(self.nccl.unique_id()?.to_bytes());
+        }
+        let all = self.star.gather(&mine)?;
+        let mut ids: Vec<_> = all.iter().map(|bytes| bytes.as_chunks::<{ UniqueId::LEN }>().0.iter()).collect();
+        let mut made = Vec::with_capacity(sets.len());
+        for members in sets {
+            let id = ids[members[0]].next().ok_or_else(|| Fault(format!("rank {} led no group", members[0])))?;
+            let communicator = match members.iter().position(|&rank| rank == self.rank) {
+                Some(member) => {
+                    let heartbeat = &self.heartbeat;
+                    let may_go_on = || heartbeat.failure().is_none();
+                    let (id, place) = (UniqueId::from_bytes(*id), (member, members.len()));
+                    let max_blocks = self.shared.then_some(BLOCKS_OF_SHARED);
+                    Some(Communicator::new(self.nccl, id, place, max_blocks, &self.device, may_go_on)?)
+                }
+                None => None,
+            };
+            made.push(communicator);
+        }
+        Ok(made)
+    }
+
+    /// Makes the communicators of the present groups, keeps those that there are, takes the others apart. All ranks call
+    /// it together; blocks.
+    fn make_groups(&mut self) -> Result<(), Fault> {
+        let sets = distinct(&self.members);
+        let (kept, gone): (Vec<Slot>, Vec<Slot>) =
+            self.groups.drain(..).partition(|(members, _)| sets.contains(members));
+        self.groups = kept;
+        for communicator in gone.into_iter().filter_map(|(_, communicator)| communicator) {
+            communicator.finish(&self.device, || self.heartbeat.failure().is_none())?;
+        }
+        let new: Vec<Vec<usize>> =
+            sets.into_iter().filter(|set| self.groups.iter().all(|(members, _)| members != set)).collect();
+        let made = self.make(&new)?;
+        for communicator in &made {
+            for elements in CONNECTING {
+                self.connect(communicator.as_ref(), elements, |communicator, at, stream| {
+                    // SAFETY: `connect` keeps the memory.
+                    unsafe { communicator.sum(at, elements, stream) }
+                })?;
+            }
+        }
+        self.groups.extend(new.into_iter().zip(made));
+        Ok(())
+    }
+
+    /// Runs an operation on `elements` f32, whatever they are: NCCL connects ranks in their first operations, which
+    /// would be taken for slow ones. All members call it together; blocks.
+    fn connect(
+        &self,
+        communicator: Option<&Communicator>,
+        elements: usize,
+        operation: impl FnOnce(&Communicator, u64, CUstream) -> Result<(), Fault>,
+    ) -> Result<(), Fault> {
+        let Some(communicator) = communicator else { return Ok(()) };
+        let stream = &self.lanes[Channel::AllReduce as usize].stream;
+        let mut memory = ManuallyDrop::new(Buffer::new(stream, elements, DType::F32)?);
+        let may_go_on = || self.heartbeat.failure().is_none();
+        communicator.group(|| operation(communicator, memory.whole().ptr(), stream.raw()))?;
+        communicator.settled(may_go_on)?;
+        let event = Event::new(&self.device)?;
+        event.record(stream)?;
+        while !event.query()? {
+            communicator.state()?;
+            if !may_go_on() {
+                return Err(Fault("connecting ranks was broken off".to_owned()));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // SAFETY: not dropped before; where the device may still use it, it stays.
+        unsafe { ManuallyDrop::drop(&mut memory) };
+        Ok(())
+    }
+
+    /// Launches what may be launched.
+    fn launch_waiting(&mut self) -> Result<(), Fault> {
+        loop {
+            if let Some(channel) = self.preparing {
+                if self.communicator(channel).map_or(Ok(State::Ready), Communicator::state)? == State::InProgress {
+                    return Ok(());
+                }
+                self.preparing = None;
+                self.launched(channel)?;
+            }
+            let Some(operation) = self.waiting.pop_front() else { return Ok(()) };
+            self.patience.reset();
+            let channel = operation.channel();
+            self.launch(operation)?;
+            self.preparing = Some(channel);
+        }
+    }
+
+    /// The communicator of the channel's newest operation; `None` if that has no other rank.
+    fn communicator(&self, channel: Channel) -> Option<&Communicator> {
+        match channel {
+            Channel::AllToAll => self.all_to_all.as_ref(),
+            Channel::Control => self.control.as_ref(),
+            Channel::AllReduce => match &self.lanes[channel as usize].under_way.back()?.task {
+                Task::Reduction(reduction) => self.group(reduction),
+                _ => None,
+            },
+        }
+    }
+
+    fn group(&self, reduction: &Reduction) -> Option<&Communicator> {
+        let members = &self.members[reduction.group.0 as usize];
+        self.groups.iter().find(|(set, _)| set == members)?.1.as_ref()
+    }
+
+    fn launch(&mut self, operation: Operation) -> Result<(), Fault> {
+        self.device.bind()?;
+        let channel = operation.channel();
+        // Memory that NCCL is about to know is this engine's before it does, and stays it until the operation has run.
+        let task = match operation {
+            Operation::AllToAll { index, exchange: AnyExchange::Device(exchange), .. } => {
+                let mut times = self.lanes[channel as usize].stage((1 + self.ranks) * LAUNCH_TIME)?;
+                times.host[..LAUNCH_TIME].copy_from_slice(&self.now().to_le_bytes());
+                Task::Exchange { index, exchange, times }
+            }
+            Operation::AllToAll { index, exchange: AnyExchange::Host(exchange), .. } => {
+                self.staged_exchange(index, exchange)?
+            }
+            Operation::AllReduce(reduction) => Task::Reduction(reduction),
+            Operation::Control(values) => self.staged_control(&values)?,
+        };
+        let lane = &mut self.lanes[channel as usize];
+        lane.under_way.push_back(UnderWay { launched: Instant::now(), done: None, task });
+        let Some(UnderWay { task, .. }) = self.lanes[channel as usize].under_way.back() else { return Ok(()) };
+        let stream = &self.lanes[channel as usize].stream;
+        match task {
+            Task::Exchange { exchange, times, .. } => {
+                // SAFETY: the stage is in its lane's queue until all of it has run.
+                unsafe { times.upload(0, LAUNCH_TIME) }?;
+                let (from, received) = (times.address(0), times.address(LAUNCH_TIME));
+                let mut send = vec![(0, LAUNCH_TIME); self.ranks];
+                let mut recv = places(&vec![LAUNCH_TIME; self.ranks]);
+                // It knows its own.
+                (send[self.rank].1, recv[self.rank].1) = (0, 0);
+                let launches = Pieces { from, to: received, send, recv };
+                let DeviceExchange { send, send_elements, recv, recv_elements, .. } = exchange;
+                let sizes = |elements: &[usize]| -> Vec<usize> {
+                    elements.iter().map(|elements| elements * send.dtype().bytes()).collect()
+                };
+                let data = Pieces {
+                    from: send.whole().ptr(),
+                    to: recv.whole().ptr(),
+                    send: places(&sizes(send_elements)),
+                    recv: places(&sizes(recv_elements)),
+                };
+                self.exchange_pieces(&[launches, data], stream)
+            }
+            Task::HostExchange { exchange, stage, received, .. } => {
+                // SAFETY: the stage is in its lane's queue until all of it has run.
+                unsafe { stage.upload(0, *received) }?;
+                let pieces = Pieces {
+                    from: stage.address(0),
+                    to: stage.address(*received),
+                    send: places(&staged_sizes(&exchange.send_elements)),
+                    recv: places(&staged_sizes(&exchange.recv_elements)),
+                };
+                self.exchange_pieces(&[pieces], stream)
+            }
+            Task::Reduction(reduction) => {
+                let Some(communicator) = self.group(reduction) else { return Ok(()) };
+                communicator.group(|| {
+                    reduction.pieces.iter().try_for_each(|piece| {
+                        let at = piece.device_address().ok_or_else(|| {
+                            Fault("a gradient is in host memory, expected device memory with engine nccl".to_owned())
+                        })?;
+                        // SAFETY: the piece is in its lane's queue until the sum has run, and nobody else touches it.
+                        unsafe { communicator.sum(at, piece.len(), stream.raw()) }
+                    })
+                })
+            }
+            Task::Control { stage, bytes } => {
+                let mine = self.rank * bytes;
+                // SAFETY: the stage is in its lane's queue until all of it has run.
+                unsafe { stage.upload(mine, mine + bytes) }?;
+                let Some(communicator) = &self.control else { return Ok(()) };
+                // SAFETY: as above.
+                communicator.group(|| unsafe { communicator.gather(stage.address(0), *bytes, stream.raw()) })
+            }
+        }
+    }
+
+    /// Exchanges pieces with all other ranks, and copies this rank's own; as one operation.
+    fn exchange_pieces(&self, sets: &[Pieces], stream: &Stream) -> Result<(), Fault> {
+        for Pieces { from, to, send, recv } in sets {
+            let ((own_from, own), (own_to, own_received)) = (send[self.rank], recv[self.rank]);
+            if own != own_received {
+                return Err(Fault(format!("it sends itself {own} bytes and expects {own_received}")));
+            }
+            if own > 0 {
+                // SAFETY: the pieces are within buffers that stay in their lane's queue until all of it has run.
+                unsafe { memcpy_dtod_async(to + own_to, from + own_from, own, stream.raw()) }
+                    .map_err(|error| Fault(format!("cuMemcpyDtoDAsync failed: {error}")))?;
+            }
+        }
+        let Some(communicator) = &self.all_to_all else { return Ok(()) };
+        communicator.group(|| {
+            // The nearest ranks first, each with another partner at a time.
+            for distance in 1..self.ranks {
+                let (to, from) =
+                    ((self.rank + distance) % self.ranks, (self.rank + self.ranks - distance) % self.ranks);
+                for pieces in sets {
+                    let ((send_start, send), (recv_start, recv)) = (pieces.send[to], pieces.recv[from]);
+                    // SAFETY: as above; what is received overlaps nothing, and nobody else has the buffers.
+                    unsafe {
+                        if send > 0 {
+                            communicator.send(pieces.from + send_start, send, to, stream.raw())?;
+                        }
+                        if recv > 0 {
+                            communicator.receive(pieces.to + recv_start, recv, from, stream.raw())?;
+                        }
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn staged_exchange(&mut self, index: u32, exchange: Exchange) -> Result<Task, Fault> {
+        let sent: usize = staged_sizes(&exchange.send_elements).iter().sum();
+        let coming: usize = staged_sizes(&exchange.recv_elements).iter().sum();
+        // Received bytes begin where a copy's alignment wants them.
+        let received = sent.next_multiple_of(16);
+        let now = self.now().to_le_bytes();
+        let mut stage = self.lanes[Channel::AllToAll as usize].stage(received + coming)?;
+        let (mut place, mut values) = (&mut stage.host[..sent], exchange.send.iter());
+        for &elements in &exchange.send_elements {
+            let (piece, rest) = place.split_at_mut(LAUNCH_TIME + elements * size_of::<f32>());
+            piece[..LAUNCH_TIME].copy_from_slice(&now);
+            write(&mut piece[LAUNCH_TIME..], values.by_ref().take(elements).map(|value| value.to_le_bytes()));
+            place = rest;
+        }
+        Ok(Task::HostExchange { index, exchange, stage, received })
+    }
+
+    fn staged_control(&mut self, values: &[f64]) -> Result<Task, Fault> {
+        let bytes = size_of_val(values);
+        let mut stage = self.lanes[Channel::Control as usize].stage(self.ranks * bytes)?;
+        let mine = self.rank * bytes;
+        write(&mut stage.host[mine..mine + bytes], values.iter().map(|value| value.to_le_bytes()));
+        Ok(Task::Control { stage, bytes })
+    }
+
+    /// The channel's newest operation has been enqueued: what comes behind it.
+    fn launched(&mut self, channel: Channel) -> Result<(), Fault> {
+        let event = self.events.pop().map_or_else(|| Event::new(&self.device), Ok)?;
+        let Lane { stream, under_way, .. } = &mut self.lanes[channel as usize];
+        let Some(operation) = under_way.back_mut() else { return Ok(()) };
+        match &mut operation.task {
+            Task::Exchange { times, .. } => {
+                // SAFETY: the stage is in its lane's queue until all of it has run.
+                unsafe { times.download(LAUNCH_TIME, (1 + self.ranks) * LAUNCH_TIME) }?;
+            }
+            Task::HostExchange { exchange, stage, received, .. } => {
+                let end = *received + staged_sizes(&exchange.recv_elements).iter().sum::<usize>();
+                // SAFETY: as above.
+                unsafe { stage.download(*received, end) }?;
+            }
+            Task::Control { stage, bytes } => {
+                // SAFETY: as above.
+                unsafe { stage.download(0, self.ranks * *bytes) }?;
+            }
+            Task::Reduction(_) => {}
+        }
+        event.record(stream)?;
+        operation.done = Some(event);
+        Ok(())
+    }
+
+    /// The channel's oldest operation, if it has run.
+    fn pop_done(&mut self, channel: usize) -> Result<Option<UnderWay>, Fault> {
+        let queue = &mut self.lanes[channel].under_way;
+        let Some(done) = queue.front().and_then(|front| front.done.as_ref()) else { return Ok(None) };
+        Ok(if done.query()? { queue.pop_front() } else { None })
+    }
+
+    fn advance(&mut self, finished: &mut Vec<(Instant, Finished)>) -> Result<(), Fault> {
+        self.launch_waiting()?;
+        for channel in 0..CHANNELS {
+            while let Some(UnderWay { launched, done, task }) = self.pop_done(channel)? {
+                self.patience.reset();
+                self.events.extend(done);
+                finished.push(self.finished(launched, task)?);
+            }
+        }
+        if self.looked.elapsed() >= LOOK_AROUND {
+            self.looked = Instant::now();
+            let groups = self.groups.iter().filter_map(|(_, communicator)| communicator.as_ref());
+            for communicator in self.all_to_all.iter().chain(&self.control).chain(groups) {
+                communicator.state()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What an operation that has run has brought, and since when all members were there.
+    fn finished(&mut self, launched: Instant, task: Task) -> Result<(Instant, Finished), Fault> {
+        let stages = &mut self.lanes[Channel::AllToAll as usize].stages;
+        let mut all_launched = launched;
+        let mut note = |rank: usize, bytes: &[u8]| {
+            if rank != self.rank
+                && let Some(ns) = bytes.first_chunk()
+            {
+                let launch = self.epoch + Duration::from_nanos(u64::from_le_bytes(*ns));
+                all_launched = all_launched.max(launch);
+            }
+        };
+        let finished = match task {
+            Task::Exchange { index, exchange, times } => {
+                let others = times.host[LAUNCH_TIME..].chunks_exact(LAUNCH_TIME).take(self.ranks);
+                others.enumerate().for_each(|(rank, bytes)| note(rank, bytes));
+                stages.push(times);
+                Finished::AllToAll { index, exchange: AnyExchange::Device(exchange) }
+            }
+            Task::HostExchange { index, mut exchange, stage, received } => {
+                let mut recv = exchange.recv.iter_mut();
+                let mut come = &stage.host[received..];
+                for (rank, &elements) in exchange.recv_elements.iter().enumerate() {
+                    let (piece, rest) = come.split_at(LAUNCH_TIME + elements * size_of::<f32>());
+                    note(rank, piece);
+                    let (words, _) = piece[LAUNCH_TIME..].as_chunks::<4>();
+                    words.iter().zip(recv.by_ref()).for_each(|(word, value)| *value = f32::from_le_bytes(*word));
+                    come = rest;
+                }
+                stages.push(stage);
+                Finished::AllToAll { index, exchange: AnyExchange::Host(exchange) }
+            }
+            Task::Reduction(reduction) => Finished::AllReduce(reduction),
+            Task::Control { stage, bytes } => {
+                let (words, _) = stage.host[..self.ranks * bytes].as_chunks::<8>();
+                let values: Vec<f64> = words.iter().map(|word| f64::from_le_bytes(*word)).collect();
+                self.lanes[Channel::Control as usize].stages.push(stage);
+                let count = bytes / size_of::<f64>();
+                let part = |rank: usize| values[rank * count..(rank + 1) * count].to_vec();
+                let sum = sum_control((0..self.ranks).map(|rank| (rank, part(rank))));
+                Finished::Control(sum.map_err(|error| Fault(error.to_string()))?)
+            }
+        };
+        // Clocks are set with an error, so that a launch may seem to come from the future.
+        Ok((all_launched.min(Instant::now()), finished))
+    }
+
+    /// Nanoseconds since the epoch.
+    fn now(&self) -> u64 {
+        self.epoch.elapsed().as_nanos() as u64
+    }
+
+    /// Whether a rank that this one waits for has left, or nothing has come of an operation for too long.
+    fn look_after_peers(&self) -> Result<(), CommError> {
+        for (lane, channel) in self.lanes.iter().zip([Channel::AllToAll, Channel::AllReduce, Channel::Control]) {
+            let Some(UnderWay { launched, task, .. }) = lane.under_way.front() else { continue };
+            let group = if let Task::Reduction(reduction) = task { reduction.group.0 as usize } else { 0 };
+            let gone = self.members[group].iter().find(|&&rank| self.heartbeat.has_left(rank));
+            if launched.elapsed() > DELIVERY
+                && let Some(&rank) = gone
+            {
+                return Err(CommError::left(rank));
+            }
+            if launched.elapsed() > self.timeout {
+                let (rank, progress) = self.heartbeat.slowest();
+                let (seconds, operation) = (self.timeout.as_secs(), channel.name().to_owned());
+                if progress < self.started {
+                    return Err(CommError::RankSilent { rank, seconds, operation });
+                }
+                let reason =
+                    format!("NCCL has not come to the end of {operation} for {seconds} s, which all ranks began");
+                return Err(CommError::RankFailed { rank: self.rank, reason });
+            }
+        }
+        Ok(())
+    }
+
+    fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.lanes.iter().all(|lane| lane.under_way.is_empty())
+    }
+
+    /// Something went wrong here, by itself or because another rank has gone.
+    fn fail_here(&mut self, Fault(reason): Fault) {
+        let deadline = Instant::now() + SECOND_OPINION;
+        while self.failure.is_none() && self.heartbeat.failure().is_none() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.end(CommError::RankFailed { rank: self.rank, reason });
+    }
+
+    /// The job is over: what is under way is given up.
+    fn end(&mut self, failure: CommError) {
+        if self.failure.is_some() {
+            return;
+        }
+        self.heartbeat.fail(failure.clone());
+        // Somebody else's failure may have come first; all ranks name the same one.
+        self.failure = self.heartbeat.failure().or(Some(failure));
+        self.waiting.clear();
+        self.communicators().for_each(Communicator::abort);
+    }
+
+    /// Takes all communicators, in the order in which they were made.
+    fn communicators(&mut self) -> impl Iterator<Item = Communicator> + use<> {
+        let groups = std::mem::take(&mut self.groups);
+        let all = self.all_to_all.take().into_iter().chain(self.control.take());
+        all.chain(groups.into_iter().filter_map(|(_, communicator)| communicator))
+    }
+}
+
+/// Sets of more than one rank, each once.
+fn distinct(groups: &[Vec<usize>]) -> Vec<Vec<usize>> {
+    let mut sets: Vec<Vec<usize>> = Vec::new();
+    for members in groups.iter().filter(|members| members.len() > 1) {
+        if !sets.contains(members) {
+            sets.push(members.clone());
+        }
+    }
+    sets
+}
+
+/// What goes where in an all-to-all, in bytes.
+struct Pieces {
+    /// Device addresses of what is sent and received.
+    from: u64,
+    to: u64,
+    /// By rank: where its piece begins, and its size.
+    send: Vec<(u64, usize)>,
+    recv: Vec<(u64, usize)>,
+}
+
+/// Where pieces of so many bytes begin, one after another, and their sizes.
+fn places(sizes: &[usize]) -> Vec<(u64, usize)> {
+    let mut start = 0;
+    let place = |&size: &usize| {
+        let at = start;
+        start += size as u64;
+        (at, size)
+    };
+    sizes.iter().map(place).collect()
+}
+
+/// Bytes of pieces of so many f32, each behind a launch time.
+fn staged_sizes(elements: &[usize]) -> Vec<usize> {
+    elements.iter().map(|elements| LAUNCH_TIME + elements * size_of::<f32>()).collect()
+}
+
+impl Engine for NcclEngine {
+    fn start(&mut self, operation: Operation) {
+        // What comes after a failure goes straight back to its owner, who is about to hear of it.
+        if self.failure.is_some() {
+            return;
+        }
+        self.started += 1;
+        self.heartbeat.set_progress(self.started);
+        self.waiting.push_back(operation);
+        if let Err(fault) = self.launch_waiting() {
+            self.fail_here(fault);
+        }
+    }
+
+    fn set_groups(&mut self, groups: &Arc<Vec<Vec<usize>>>) {
+        self.members = Arc::clone(groups);
+        if self.failure.is_none()
+            && self.ranks > 1
+            && let Err(fault) = self.make_groups()
+        {
+            self.fail_here(fault);
+        }
+    }
+
+    fn skip(&mut self, _channel: Channel) {
+        self.started += 1;
+        self.heartbeat.set_progress(self.started);
+    }
+
+    fn poll(&mut self, finished: &mut Vec<(Instant, Finished)>) -> Result<(), CommError> {
+        if self.failure.is_none()
+            && let Some(failure) = self.heartbeat.failure()
+        {
+            self.end(failure);
+        }
+        if self.failure.is_none() {
+            let look = self.looked.elapsed() >= LOOK_AROUND;
+            if let Err(fault) = self.advance(finished) {
+                self.fail_here(fault);
+            } else if look && let Err(failure) = self.look_after_peers() {
+                self.end(failure);
+            }
+        }
+        self.failure.clone().map_or(Ok(()), Err)
+    }
+
+    fn patience(&mut self) -> Duration {
+        if self.failure.is_some() || self.is_idle() { LOOK_AROUND } else { self.patience.next() }
+    }
+
+    fn fail(&mut self, failure: CommError) {
+        self.end(failure);
+    }
+}
+
+impl Drop for NcclEngine {
+    fn drop(&mut self) {
+        if !self.is_idle() {
+            self.end(CommError::left(self.rank));
+        }
+        if self.failure.is_none() {
+            self.heartbeat.farewell();
+            for communicator in self.communicators() {
+                // This rank has all that it wanted; who has not says so itself.
+                let _ = communicator.finish(&self.device, || self.heartbeat.failure().is_none());
+            }
+            return;
+        }
+        let deadline = Instant::now() + ABORT;
+        for lane in &mut self.lanes {
+            let ended = || Event::new(&self.device).and_then(|event| event.record(&lane.stream).map(|()| event));
+            let ended = ended().is_ok_and(|event| {
+                loop {
+                    match event.query() {
+                        Ok(false) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+                        outcome => return outcome.unwrap_or(true),
+                    }
+                }
+            });
+            if !ended {
+                // The device may still touch the memory of what is under way.
+                std::mem::forget(std::mem::take(&mut lane.under_way));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_set_of_ranks_has_one_communicator() {
+        let groups = [vec![0, 1, 2], vec![1], vec![0, 2], vec![0, 1, 2], vec![0, 2], vec![]];
+        assert_eq!(distinct(&groups), [vec![0, 1, 2], vec![0, 2]]);
+    }
+
+    #[test]
+    fn pieces_lie_one_after_another() {
+        assert_eq!(places(&[6, 0, 10]), [(0, 6), (6, 0), (6, 10)]);
+    }
+}

@@ -1,0 +1,340 @@
+//! Inference on a GPU: what [`InferenceModel`](crate::InferenceModel) computes, with weights, keys and values on a device.
+//!
+//! Which sequence has which pages, which slot holds which expert, where each row goes, and when an expert is copied is decided by
+//! the code that serves processors (`inference`); here are the kernels' launches, and real copies behind the brain's decisions.
+//! One set of activations serves all layers. The host waits for the device once in each layer with experts, for the gate's
+//! choices, and once for the logits.
+
+mod attention;
+mod costs;
+mod exchange;
+mod experts;
+mod ffn;
+mod moe;
+mod step;
+mod weights;
+
+use std::sync::Arc;
+
+use lina_comm::{Comm, WorkKind};
+use lina_cuda::{
+    self as cuda, Addend, Buffer as DeviceBuffer, CudaError, DType, Gpu, Mat, MatMut, PagedPlan, RotaryTable, matmul,
+};
+use lina_kernels::{Compute, PagedSequence, PagedShape, page_elements};
+use lina_plan::{ExpertScheduler, PlacementError};
+use thiserror::Error;
+
+use super::pass::grow;
+use crate::batch::{LoadedBatch, StepError};
+use crate::config::{ModelConfig, PositionKind};
+use crate::inference::director::{ExpertDirector, Forecast};
+use crate::inference::{
+    ExpertOptions, Gate, InferenceBatch, InferenceLimits, InferenceStats, InferenceWeights, KvCache, RoutingRecord,
+    load_feeds, paged_sequences, visible_pairs,
+};
+use crate::pass::product_flops;
+
+use attention::{Attention, CachedStep};
+use experts::DeviceExperts;
+use ffn::DenseFfn;
+use moe::{Moe, MoeLayer};
+use step::{Norm, Step};
+use weights::DenseWeights;
+
+pub use costs::measure_device_costs;
+pub use exchange::RowRoute;
+pub use experts::SharedExperts;
+
+/// A model that a device cannot have.
+#[derive(Clone, Debug, Error)]
+pub enum CudaModelError {
+    /// The experts do not fit the ranks' slots.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
+    /// The GPU has no kernel for the sizes, or not enough memory, or has failed.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+}
+
+/// One rank of a job on GPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceRank {
+    /// Which rank.
+    pub rank: usize,
+    /// Of how many.
+    pub ranks: usize,
+    /// How its rows travel to the others.
+    pub route: RowRoute,
+    /// How activations, weights, keys and values are stored.
+    pub dtype: DType,
+}
+
+/// A decoder for inference on one rank's GPU.
+pub struct CudaInferenceModel {
+    gpu: Gpu,
+    dtype: DType,
+    weights: Arc<InferenceWeights>,
+    dense: DenseWeights,
+    limits: InferenceLimits,
+    cache: KvCache,
+    /// For each layer, `[pages, page_elements]`.
+    pages: Vec<DeviceBuffer>,
+    rotary: Option<RotaryTable>,
+    batch: LoadedBatch,
+    /// Local rows whose logits are wanted.
+    wanted: Vec<u32>,
+    /// Tokens, positions and wanted rows, one after another.
+    numbers: Vec<u32>,
+    numbers_on_device: DeviceBuffer,
+    attention: Attention,
+    /// Of networks without experts, and the last one.
+    norm: Norm,
+    ffn: DenseFfn,
+    moe: Moe,
+    director: Option<ExpertDirector<DeviceExperts>>,
+    gate: Gate,
+    /// Every how many tokens are computed again, and with what.
+    verify: Option<(u64, Compute)>,
+    /// `[max_tokens, hidden]` each: the residual stream, and what the next sub-layer makes of it.
+    x: DeviceBuffer,
+    y: DeviceBuffer,
+    /// `[wanted, hidden]`.
+    last: DeviceBuffer,
+    /// `[wanted, vocab]`, f32.
+    logits: DeviceBuffer,
+    logits_on_host: Vec<f32>,
+    record: Option<RoutingRecord>,
+}
+
+impl CudaInferenceModel {
+    /// A model on `gpu` for one rank. `shared` is the same for all ranks of a process.
+    ///
+    /// # Errors
+    /// If the experts do not fit the ranks' slots, or the GPU has no kernel for the sizes or not enough memory.
+    ///
+    /// # Panics
+    /// If sequences may be longer than the model has positions.
+    pub fn new(
+        gpu: Gpu,
+        rank: DeviceRank,
+        weights: Arc<InferenceWeights>,
+        limits: InferenceLimits,
+        experts: ExpertOptions,
+        shared: &SharedExperts,
+    ) -> Result<Self, CudaModelError> {
+        let DeviceRank { rank, ranks, route, dtype } = rank;
+        let (config, max_tokens) = (weights.config(), limits.max_tokens);
+        assert!(limits.max_sequence_tokens <= config.max_positions, "callers bound sequences by the model's positions");
+        let rotary = match config.position {
+            PositionKind::Rotary { theta } => {
+                Some(RotaryTable::new(&gpu, config.head_dim, limits.max_sequence_tokens, theta)?)
+            }
+            PositionKind::Learned => None,
+        };
+        let ExpertOptions { scheduler, forecast, planning_flops, verify_every } = experts;
+        let asks_next_gate = matches!(forecast, Forecast::NextGate);
+        let director = match config.moe_layers() {
+            0 => None,
+            layers => {
+                let scheduler = ExpertScheduler::new(scheduler, layers, config.experts, ranks)?;
+                let copies = DeviceExperts::new(&gpu, &weights, &scheduler, rank, dtype, shared)?;
+                let bytes = (weights.layout().expert_elements() * dtype.bytes()) as u64;
+                Some(ExpertDirector::new(config, scheduler, forecast, planning_flops, bytes, ranks, copies))
+            }
+        };
+        let page = page_elements(config.kv_heads, config.head_dim);
+        let pages = (0..config.layers).map(|_| gpu.zeros(limits.pages * page, dtype));
+        let stream = || gpu.uninit(max_tokens * config.hidden, dtype);
+        let model = CudaInferenceModel {
+            dtype,
+            dense: DenseWeights::new(&gpu, &weights, dtype)?,
+            cache: KvCache::without_memory(limits.pages),
+            pages: pages.collect::<Result<_, CudaError>>()?,
+            rotary,
+            batch: LoadedBatch::with_capacity(max_tokens),
+            wanted: Vec::new(),
+            numbers: Vec::new(),
+            numbers_on_device: gpu.uninit(3 * max_tokens, DType::U32)?,
+            attention: Attention::new(&gpu, config, dtype, max_tokens)?,
+            norm: Norm::new(&gpu, config, dtype, max_tokens)?,
+            ffn: DenseFfn::new(&gpu, config, dtype, max_tokens)?,
+            moe: Moe::new(&gpu, config, dtype, max_tokens, route, asks_next_gate)?,
+            director,
+            gate: Gate::Own,
+            verify: verify_every.map(|every| (every, Compute::new(1))),
+            x: stream()?,
+            y: stream()?,
+            last: gpu.uninit(0, dtype)?,
+            logits: gpu.uninit(0, DType::F32)?,
+            logits_on_host: Vec::new(),
+            record: None,
+            gpu,
+            weights,
+            limits,
+        };
+        // A batch that the kernels cannot take is better found now.
+        model.plan(&[], 0)?;
+        Ok(model)
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ModelConfig {
+        self.weights.config()
+    }
+
+    /// The weights on the host.
+    pub fn weights(&self) -> &Arc<InferenceWeights> {
+        &self.weights
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// How activations, weights, keys and values are stored.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Sequences, and which pages are whose.
+    pub fn cache(&mut self) -> &mut KvCache {
+        &mut self.cache
+    }
+
+    /// Lets somebody else choose the experts from here on.
+    pub fn set_gate(&mut self, gate: Gate) {
+        self.gate = gate;
+    }
+
+    /// From here on, steps note what their tokens choose; [`take_record`](Self::take_record) tells.
+    pub fn record_routing(&mut self) {
+        self.record = Some(RoutingRecord::default());
+    }
+
+    /// What was noted since the last call.
+    pub fn take_record(&mut self) -> RoutingRecord {
+        self.record.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// What placements came to since the last call.
+    pub fn take_stats(&mut self) -> InferenceStats {
+        self.director.as_mut().map(|director| director.stats.take()).unwrap_or_default()
+    }
+
+    /// For each layer with experts, for each device, the experts in its slots.
+    pub fn resident(&self) -> Vec<Vec<Vec<usize>>> {
+        let Some(director) = &self.director else { return Vec::new() };
+        (0..self.config().moe_layers()).map(|number| director.resident(number)).collect()
+    }
+
+    /// Logits of the last step, `[tokens whose logits were wanted, vocab]`, in the order of the feeds.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits_on_host
+    }
+
+    /// As [`logits`](Self::logits), to change.
+    pub fn logits_mut(&mut self) -> &mut [f32] {
+        &mut self.logits_on_host
+    }
+
+    /// Runs a step, and waits for its logits. All ranks call it together.
+    ///
+    /// # Errors
+    /// If the batch does not fit the model or the cache, a token's result fails its verification, the device fails or the
+    /// job does.
+    ///
+    /// # Panics
+    /// If a feed's sequence is not in the cache.
+    pub fn forward(&mut self, comm: &mut Comm, batch: InferenceBatch<'_>) -> Result<(), StepError> {
+        load_feeds(batch.feeds, &self.cache, &self.limits, self.weights.config(), &mut self.batch, &mut self.wanted)?;
+        let tokens = self.batch.tokens();
+        let plan = self.plan(&paged_sequences(batch.feeds, self.cache.sequences()), tokens)?;
+        self.load_numbers()?;
+        let CudaInferenceModel { gpu, dtype, weights, dense, moe, director, norm, pages, rotary, .. } = self;
+        let (config, layout) = (weights.config(), weights.layout());
+        let gpu = &*gpu;
+        let mut step = Step { gpu, dtype: *dtype, config, layout, dense, tokens, comm };
+        let elements = tokens * config.hidden;
+        if let Some(director) = director {
+            director.begin(step.comm, tokens, batch.truth)?;
+        }
+        step.work(WorkKind::Embedding, None, 0)?;
+        let positions = self.numbers_on_device.slice(tokens..2 * tokens);
+        let embedded = self.x.slice_mut(0..elements);
+        let ids = self.numbers_on_device.slice(0..tokens);
+        cuda::embedding_forward(gpu, dense.matrix(&layout.embedding), ids, embedded)?;
+        if let Some(table) = &layout.positions {
+            let embedded = self.x.slice_mut(0..elements);
+            cuda::add_position_embedding(gpu, dense.matrix(table), positions, embedded)?;
+        }
+
+        let visible_pairs = visible_pairs(batch.feeds, &self.cache, config.sliding_window);
+        let cached = CachedStep { positions, plan: &plan, rotary: rotary.as_ref(), visible_pairs };
+        let mut number = 0;
+        for (layer, pages) in pages.iter_mut().enumerate() {
+            let (x, y) = (self.x.slice(0..elements), self.y.slice_mut(0..elements));
+            self.attention.forward(&mut step, &cached, layer, pages.whole_mut(), x, y)?;
+            let (x, y) = (self.y.slice(0..elements), self.x.slice_mut(0..elements));
+            if config.is_moe(layer) {
+                let verify = self.verify.as_ref().map(|(every, compute)| (*every, compute, &**weights));
+                let place = MoeLayer { layer, number, gate: &self.gate, token_offset: batch.token_offset, verify };
+                let director = director.as_mut().expect("a model with experts has a director");
+                moe.forward(&mut step, director, &place, x, y)?;
+                if let Some(record) = &mut self.record {
+                    record.choices.extend_from_slice(moe.index());
+                    record.forecasts.extend_from_slice(director.forecasts());
+                }
+                number += 1;
+            } else {
+                self.ffn.forward(&mut step, layer, norm, x, y)?;
+            }
+        }
+        for feed in batch.feeds {
+            self.cache.extend(feed.id, feed.tokens.len());
+        }
+        self.head(comm)
+    }
+
+    /// Logits of the wanted rows, on the host.
+    fn head(&mut self, comm: &mut Comm) -> Result<(), StepError> {
+        let CudaInferenceModel { gpu, dtype, weights, dense, norm, last, logits, .. } = self;
+        let (config, layout, tokens) = (weights.config(), weights.layout(), self.batch.tokens());
+        let (rows, hidden, vocab) = (self.wanted.len(), config.hidden, config.vocab);
+        grow(gpu, last, rows * hidden)?;
+        grow(gpu, logits, rows * vocab)?;
+        let gpu = &*gpu;
+        let mut step = Step { gpu, dtype: *dtype, config, layout, dense, tokens, comm };
+        step.work(WorkKind::Head, None, product_flops(rows, vocab, hidden))?;
+        let wanted = self.numbers_on_device.slice(2 * tokens..2 * tokens + rows);
+        let x = self.x.slice(0..tokens * hidden);
+        cuda::gather_rows(gpu, x, hidden, wanted, last.slice_mut(0..rows * hidden))?;
+        norm.forward(&step, &layout.final_norm, last.slice(0..rows * hidden))?;
+        let normed = Mat::new(norm.output(rows), rows, hidden);
+        let weight = Mat::new(dense.matrix(&layout.lm_head), vocab, hidden);
+        let product = MatMut::new(logits.slice_mut(0..rows * vocab), rows, vocab);
+        matmul(gpu, product, normed, weight.t(), Addend::None)?;
+        self.logits_on_host.resize(rows * vocab, 0.0);
+        gpu.download(logits.slice(0..rows * vocab), &mut self.logits_on_host)?;
+        Ok(())
+    }
+
+    /// What attention computes in a step of `tokens` tokens.
+    fn plan(&self, sequences: &[PagedSequence<'_>], tokens: usize) -> Result<PagedPlan, CudaError> {
+        let config = self.config();
+        let shape = PagedShape {
+            window: config.sliding_window,
+            ..PagedShape::fused(sequences, config.heads, config.kv_heads, config.head_dim)
+        };
+        PagedPlan::new(&self.gpu, &shape, tokens, self.dtype)
+    }
+
+    /// Takes the batch's numbers to the device.
+    fn load_numbers(&mut self) -> Result<(), CudaError> {
+        let LoadedBatch { input, positions, .. } = &self.batch;
+        self.numbers.clear();
+        [input, positions, &self.wanted].into_iter().for_each(|numbers| self.numbers.extend_from_slice(numbers));
+        let on_device = self.numbers_on_device.slice_mut(0..self.numbers.len());
+        self.gpu.upload(&self.numbers, on_device)
+    }
+}

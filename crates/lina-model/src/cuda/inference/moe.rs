@@ -1,0 +1,350 @@
+//! The MoE layer of a step on a device, in the order of [`inference::moe`](crate::inference::moe): the gate's choices come to
+//! the host, which decides with the brain where rows go, and tells the device.
+
+use std::time::Instant;
+
+use lina_comm::{Leg, WorkKind};
+use lina_cuda::{
+    self as cuda, Addend, Buffer as DeviceBuffer, CudaError, DType, Gpu, Mat, MatMut, Slice, SliceMut, matmul,
+};
+use lina_kernels::Compute;
+
+use super::exchange::{RowExchanges, RowRoute};
+use super::experts::DeviceExperts;
+use super::step::{Norm, Step};
+use crate::batch::StepError;
+use crate::config::ModelConfig;
+use crate::cuda::experts::Experts;
+use crate::cuda::pass::grow;
+use crate::experts::{self, ExpertShape};
+use crate::inference::director::ExpertDirector;
+use crate::inference::dispatch::DispatchPlan;
+use crate::inference::moe::{exchange_counts, kind};
+use crate::inference::verify::{VerificationError, recompute};
+use crate::inference::{Gate, InferenceWeights};
+use crate::pass::product_flops;
+use crate::routing::ChunkPlan;
+
+/// Largest difference of a verified token from what the host computes, whose sums have another order.
+const F32_TOLERANCE: f32 = 1e-4;
+/// The same in bf16, whose numbers have 8 bits.
+const BF16_TOLERANCE: f32 = 0.05;
+
+/// What all MoE layers of a rank use in turn.
+#[derive(Debug)]
+pub(super) struct Moe {
+    shape: ExpertShape,
+    /// Of the layer, and of the one after it where its gate is asked ahead of time.
+    gate: GateScratch,
+    next_gate: Option<GateScratch>,
+    plan: DispatchPlan,
+    /// `[tokens, top_k]`: chosen experts, most probable first.
+    index: Vec<u32>,
+    /// The same that the next layer's gate says; empty if it was not asked.
+    next_index: Vec<u32>,
+    /// `[experts]` of this rank, then `[ranks, experts]` of all.
+    counts: Vec<u32>,
+    assigned: Vec<u32>,
+    /// Where rows go: positions, tokens of the rows sent, blocks of what arrives.
+    places: Vec<u32>,
+    places_on_device: DeviceBuffer,
+    /// `[rows, hidden]`, `[rows, input width]`, `[rows, inner]`, `[rows sent, hidden]`.
+    inputs: DeviceBuffer,
+    projected: DeviceBuffer,
+    units: DeviceBuffer,
+    returned: DeviceBuffer,
+    exchanges: RowExchanges,
+}
+
+/// A gate at work.
+#[derive(Debug)]
+struct GateScratch {
+    norm: Norm,
+    /// `[max_tokens, experts]`, f32.
+    logits: DeviceBuffer,
+    probabilities: DeviceBuffer,
+    /// `[max_tokens, top_k]`.
+    index: DeviceBuffer,
+    /// `[max_tokens, top_k]`, f32.
+    weight: DeviceBuffer,
+}
+
+/// A layer that is computed, and how.
+pub(super) struct MoeLayer<'a> {
+    /// Index in the model, and among the layers with experts.
+    pub layer: usize,
+    pub number: usize,
+    pub gate: &'a Gate,
+    /// Index of this rank's first token among all ranks' tokens of the step.
+    pub token_offset: u64,
+    /// Recomputes every n-th token on the host, from its weights, and compares.
+    pub verify: Option<(u64, &'a Compute, &'a InferenceWeights)>,
+}
+
+impl GateScratch {
+    fn new(gpu: &Gpu, config: &ModelConfig, dtype: DType, max_tokens: usize) -> Result<Self, CudaError> {
+        let (experts, top_k) = (max_tokens * config.experts, max_tokens * config.top_k);
+        Ok(GateScratch {
+            norm: Norm::new(gpu, config, dtype, max_tokens)?,
+            logits: gpu.uninit(experts, DType::F32)?,
+            probabilities: gpu.uninit(experts, DType::F32)?,
+            index: gpu.uninit(top_k, DType::U32)?,
+            weight: gpu.uninit(top_k, DType::F32)?,
+        })
+    }
+
+    /// Has the gate of `layer` choose experts for `x`.
+    fn choose(&mut self, step: &Step<'_>, layer: usize, x: Slice<'_>) -> Result<(), CudaError> {
+        let (config, gpu, tokens) = (step.config, step.gpu, step.tokens);
+        let (hidden, experts, top_k) = (config.hidden, config.experts, config.top_k);
+        let places = &step.layout.layers[layer].feed_forward;
+        self.norm.forward(step, &places.norm, x)?;
+        let gate = Mat::new(step.dense.matrix(places.gate()), experts, hidden);
+        let normed = Mat::new(self.norm.output(tokens), tokens, hidden);
+        let logits = MatMut::new(self.logits.slice_mut(0..tokens * experts), tokens, experts);
+        matmul(gpu, logits, normed, gate.t(), Addend::None)?;
+        cuda::router_forward(
+            gpu,
+            self.logits.slice(0..tokens * experts),
+            top_k,
+            config.renormalise,
+            self.probabilities.slice_mut(0..tokens * experts),
+            self.index.slice_mut(0..tokens * top_k),
+            self.weight.slice_mut(0..tokens * top_k),
+        )
+    }
+
+    /// The choices, on the host.
+    fn chosen(&self, gpu: &Gpu, choices: usize, index: &mut Vec<u32>) -> Result<(), CudaError> {
+        index.resize(choices, 0);
+        gpu.download(self.index.slice(0..choices), index)
+    }
+}
+
+impl Moe {
+    /// With room for the next layer's gate if it will be asked.
+    pub fn new(
+        gpu: &Gpu,
+        config: &ModelConfig,
+        dtype: DType,
+        max_tokens: usize,
+        route: RowRoute,
+        asks_next_gate: bool,
+    ) -> Result<Self, CudaError> {
+        let gate = || GateScratch::new(gpu, config, dtype, max_tokens);
+        let rows = || gpu.uninit(0, dtype);
+        Ok(Moe {
+            shape: ExpertShape::new(config),
+            gate: gate()?,
+            next_gate: asks_next_gate.then(gate).transpose()?,
+            plan: DispatchPlan::default(),
+            index: Vec::new(),
+            next_index: Vec::new(),
+            counts: Vec::new(),
+            assigned: Vec::new(),
+            places: Vec::new(),
+            places_on_device: gpu.uninit(0, DType::U32)?,
+            inputs: rows()?,
+            projected: rows()?,
+            units: rows()?,
+            returned: rows()?,
+            exchanges: RowExchanges::new(route),
+        })
+    }
+
+    /// `y = x + experts(norm(x))`, both `[tokens, hidden]`.
+    pub fn forward(
+        &mut self,
+        step: &mut Step<'_>,
+        director: &mut ExpertDirector<DeviceExperts>,
+        layer: &MoeLayer<'_>,
+        x: Slice<'_>,
+        mut y: SliceMut<'_>,
+    ) -> Result<(), StepError> {
+        let (config, gpu, hidden) = (step.config, step.gpu, step.config.hidden);
+        let begun = step.comm.now();
+        self.route(step, director, layer, x)?;
+        self.counts.clear();
+        self.counts.resize(config.experts, 0);
+        self.index.iter().for_each(|&expert| self.counts[expert as usize] += 1);
+        let place = (layer.layer, layer.number);
+        let (counts, assigned) = (&self.counts, &mut self.assigned);
+        exchange_counts(step.comm, self.exchanges.hosts(), director, place, counts, assigned)?;
+        let shares = director.settle(step.comm, layer.number, &self.assigned)?;
+        let rank = step.comm.rank();
+        self.plan.place(rank, &shares, &self.index, config.top_k);
+        self.plan.name_slots(|expert| director.slot_of(layer.number, rank, expert));
+        self.tell_places(step)?;
+
+        let rows = self.plan.rows();
+        grow(gpu, &mut self.inputs, rows * hidden)?;
+        grow(gpu, &mut self.projected, rows * self.shape.input_width)?;
+        grow(gpu, &mut self.units, rows * self.shape.inner)?;
+        if step.comm.ranks() == 1 {
+            self.experts_here(step, director, layer)?;
+        } else {
+            self.experts_exchanged(step, director, layer)?;
+        }
+        step.work(WorkKind::Permute, Some(layer.layer), 0)?;
+        let (choices, sent) = (self.index.len(), self.plan.chunk.sent.len());
+        let position = self.places_on_device.slice(0..choices);
+        let returned = self.returned.slice(0..sent * hidden);
+        cuda::combine_rows(gpu, returned, hidden, position, self.gate.weight.slice(0..choices), x, y.reborrow())?;
+        director.layer_done(step.comm.now() - begun);
+        self.verify(step, layer, x, y.as_slice())
+    }
+
+    /// The experts that the last forward's layer chose, `[tokens, top_k]`.
+    pub fn index(&self) -> &[u32] {
+        &self.index
+    }
+
+    /// Norm and gate, and that of the next layer if it is asked; waits for the choices.
+    fn route(
+        &mut self,
+        step: &mut Step<'_>,
+        director: &mut ExpertDirector<DeviceExperts>,
+        layer: &MoeLayer<'_>,
+        x: Slice<'_>,
+    ) -> Result<(), StepError> {
+        let (config, gpu, choices) = (step.config, step.gpu, step.tokens * step.config.top_k);
+        let flops = product_flops(step.tokens, config.experts, config.hidden);
+        step.work(WorkKind::Router, Some(layer.layer), flops)?;
+        self.gate.choose(step, layer.layer, x)?;
+        self.next_index.clear();
+        if let Some(next_gate) = &mut self.next_gate
+            && director.asks_next_gate(layer.number)
+        {
+            let begun = Instant::now();
+            step.work(WorkKind::Router, Some(layer.layer), flops)?;
+            next_gate.choose(step, config.moe_layer(layer.number + 1), x)?;
+            next_gate.chosen(gpu, choices, &mut self.next_index)?;
+            director.stats.estimating += begun.elapsed();
+        }
+        self.gate.chosen(gpu, choices, &mut self.index)?;
+        layer.gate.force(layer.number, layer.token_offset, config, &mut self.index);
+        director.observe(layer.number, &self.index, &self.next_index);
+        Ok(())
+    }
+
+    /// Tells the device where rows go.
+    fn tell_places(&mut self, step: &Step<'_>) -> Result<(), CudaError> {
+        self.places.clear();
+        self.places.extend_from_slice(&self.plan.position);
+        self.places.extend_from_slice(&self.plan.token_of_row);
+        if step.comm.ranks() > 1 {
+            let mut arrived = 0;
+            for block in &self.plan.chunk.blocks {
+                let rows = block.rows.len() as u32;
+                self.places.extend([arrived, block.rows.start as u32, rows]);
+                arrived += rows;
+            }
+        }
+        grow(step.gpu, &mut self.places_on_device, self.places.len())?;
+        step.gpu.upload(&self.places, self.places_on_device.slice_mut(0..self.places.len()))
+    }
+
+    fn experts_here(
+        &mut self,
+        step: &mut Step<'_>,
+        director: &mut ExpertDirector<DeviceExperts>,
+        layer: &MoeLayer<'_>,
+    ) -> Result<(), StepError> {
+        let (gpu, hidden, rows) = (step.gpu, step.config.hidden, self.plan.rows());
+        step.work(WorkKind::Permute, Some(layer.layer), 0)?;
+        let choices = self.index.len();
+        let token_of_row = self.places_on_device.slice(choices..choices + rows);
+        let inputs = self.inputs.slice_mut(0..rows * hidden);
+        cuda::gather_rows(gpu, self.gate.norm.output(step.tokens), hidden, token_of_row, inputs)?;
+        step.work(WorkKind::ExpertFfn, Some(layer.layer), self.shape.flops(rows))?;
+        grow(gpu, &mut self.returned, rows * hidden)?;
+        let Moe { shape, plan, inputs, projected, units, returned, .. } = self;
+        let network = Network { gpu, shape: *shape, chunk: &plan.chunk, inputs: inputs.whole() };
+        network.run(director, layer.number, projected.whole_mut(), units.whole_mut(), returned.whole_mut())
+    }
+
+    fn experts_exchanged(
+        &mut self,
+        step: &mut Step<'_>,
+        director: &mut ExpertDirector<DeviceExperts>,
+        layer: &MoeLayer<'_>,
+    ) -> Result<(), StepError> {
+        let (gpu, dtype, hidden) = (step.gpu, step.dtype, step.config.hidden);
+        let (choices, rows, sent) = (self.index.len(), self.plan.rows(), self.plan.chunk.sent.len());
+        step.work(WorkKind::Permute, Some(layer.layer), 0)?;
+        let chunk = &self.plan.chunk;
+        let dispatch = kind(Leg::Dispatch, layer.layer);
+        let mut exchange = self.exchanges.take(gpu, dtype, dispatch, hidden, &chunk.send_rows, &chunk.recv_rows)?;
+        let token_of_row = self.places_on_device.slice(choices..choices + sent);
+        let send = exchange.send.slice_mut(0..sent * hidden);
+        cuda::gather_rows(gpu, self.gate.norm.output(step.tokens), hidden, token_of_row, send)?;
+        let travelling = self.exchanges.begin(step.comm, gpu, exchange)?;
+        // While the tokens travel: where the next layer's experts will be, and the copies that bring them there.
+        director.prepare_next(step.comm, layer.number)?;
+
+        let exchange = self.exchanges.finish(step.comm, gpu, travelling)?;
+        step.work(WorkKind::Permute, Some(layer.layer), 0)?;
+        let blocks = self.places_on_device.slice(choices + sent..self.places.len());
+        let arrived = exchange.recv.slice(0..rows * hidden);
+        cuda::copy_blocks(gpu, blocks, rows, hidden, arrived, self.inputs.slice_mut(0..rows * hidden))?;
+        self.exchanges.put(exchange);
+        director.wait_for_experts(step.comm, layer.number)?;
+        step.work(WorkKind::ExpertFfn, Some(layer.layer), self.shape.flops(rows))?;
+        let chunk = &self.plan.chunk;
+        let combine = kind(Leg::Combine, layer.layer);
+        let mut exchange = self.exchanges.take(gpu, dtype, combine, hidden, &chunk.recv_rows, &chunk.send_rows)?;
+        let network = Network { gpu, shape: self.shape, chunk, inputs: self.inputs.whole() };
+        let (projected, units) = (self.projected.whole_mut(), self.units.whole_mut());
+        network.run(director, layer.number, projected, units, exchange.send.whole_mut())?;
+        let travelling = self.exchanges.begin(step.comm, gpu, exchange)?;
+        let mut exchange = self.exchanges.finish(step.comm, gpu, travelling)?;
+        std::mem::swap(&mut exchange.recv, &mut self.returned);
+        self.exchanges.put(exchange);
+        Ok(())
+    }
+
+    /// Computes every `every`-th token of the step again on the host, from its own copy of the experts, and compares with
+    /// what came back over the ranks.
+    fn verify(&self, step: &Step<'_>, layer: &MoeLayer<'_>, x: Slice<'_>, y: Slice<'_>) -> Result<(), StepError> {
+        let Some((every, compute, weights)) = layer.verify else { return Ok(()) };
+        let (gpu, hidden, top_k) = (step.gpu, step.config.hidden, step.config.top_k);
+        let experts = experts::Experts { compute, shape: self.shape, weights: weights.layer_experts(layer.layer) };
+        let tolerance = if step.dtype == DType::F32 { F32_TOLERANCE } else { BF16_TOLERANCE };
+        for token in (0..step.tokens).filter(|&token| (layer.token_offset + token as u64).is_multiple_of(every)) {
+            let (row, choices) = (token * hidden..(token + 1) * hidden, token * top_k..(token + 1) * top_k);
+            let normed = gpu.to_host::<f32>(self.gate.norm.output(step.tokens).slice(row.clone()))?;
+            let [x, found] = [gpu.to_host::<f32>(x.slice(row.clone()))?, gpu.to_host::<f32>(y.slice(row))?];
+            let weights = gpu.to_host::<f32>(self.gate.weight.slice(choices.clone()))?;
+            let alone = recompute(&experts, &normed, &x, &self.index[choices], &weights);
+            VerificationError::check(layer.layer, token, tolerance, &alone, &found)?;
+        }
+        Ok(())
+    }
+}
+
+/// What the experts of a layer are to compute.
+struct Network<'a> {
+    gpu: &'a Gpu,
+    shape: ExpertShape,
+    chunk: &'a ChunkPlan,
+    inputs: Slice<'a>,
+}
+
+impl Network<'_> {
+    /// Runs the rows through the experts in their slots; `outputs` gets the results in the order of the chunk's blocks.
+    fn run(
+        &self,
+        director: &mut ExpertDirector<DeviceExperts>,
+        number: usize,
+        projected: SliceMut<'_>,
+        units: SliceMut<'_>,
+        outputs: SliceMut<'_>,
+    ) -> Result<(), StepError> {
+        let &Network { gpu, shape, chunk, inputs } = self;
+        let complete = chunk.runs.iter().all(|run| director.copies.serves(number, run.slot));
+        assert!(complete, "rows go to experts whose slots are complete");
+        let experts = Experts { gpu, shape, weights: director.copies.layer(number) };
+        experts.forward(chunk, inputs, projected, units, outputs)?;
+        Ok(director.copies.used(number)?)
+    }
+}

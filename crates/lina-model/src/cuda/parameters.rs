@@ -1,0 +1,115 @@
+//! A rank's parameters and gradients on its device.
+
+use std::ops::Range;
+
+use lina_comm::SharedBuffer;
+use lina_cuda::{self as cuda, Buffer as DeviceBuffer, CudaError, DType, Gpu, Slice, SliceMut};
+
+use crate::params::{Buffer, ParameterLayout, Parameters};
+
+/// One flat buffer of parameters: f32, and what products read.
+#[derive(Debug)]
+struct Flat {
+    master: DeviceBuffer,
+    /// The parameters rounded to bf16, where products read that.
+    copy: Option<DeviceBuffer>,
+}
+
+impl Flat {
+    fn zeros(gpu: &Gpu, len: usize, dtype: DType) -> Result<Self, CudaError> {
+        let copy = (dtype == DType::Bf16).then(|| gpu.zeros(len, DType::Bf16)).transpose()?;
+        Ok(Flat { master: gpu.zeros(len, DType::F32)?, copy })
+    }
+
+    fn load(&mut self, gpu: &Gpu, values: &[f32]) -> Result<(), CudaError> {
+        gpu.upload(values, self.master.whole_mut())?;
+        match &mut self.copy {
+            Some(copy) => cuda::cast(gpu, self.master.whole(), copy.whole_mut()),
+            None => Ok(()),
+        }
+    }
+
+    fn read(&self) -> &DeviceBuffer {
+        self.copy.as_ref().unwrap_or(&self.master)
+    }
+}
+
+/// A rank's parameters on its device, laid out by a [`ParameterLayout`].
+#[derive(Debug)]
+pub struct DeviceWeights {
+    dense: Flat,
+    experts: Flat,
+}
+
+/// Parameters under an update: the f32 ones, and their copy in bf16 if there is one.
+pub type Updated<'a> = (SliceMut<'a>, Option<SliceMut<'a>>);
+
+impl DeviceWeights {
+    pub(crate) fn zeros(gpu: &Gpu, layout: &ParameterLayout, dtype: DType) -> Result<Self, CudaError> {
+        Ok(DeviceWeights {
+            dense: Flat::zeros(gpu, layout.dense_len(), dtype)?,
+            experts: Flat::zeros(gpu, layout.experts_len(), dtype)?,
+        })
+    }
+
+    pub(crate) fn load(&mut self, gpu: &Gpu, parameters: &Parameters) -> Result<(), CudaError> {
+        self.dense.load(gpu, &parameters.dense)?;
+        self.experts.load(gpu, &parameters.experts)
+    }
+
+    pub(crate) fn store(&self, gpu: &Gpu, parameters: &mut Parameters) -> Result<(), CudaError> {
+        gpu.download(self.dense.master.whole(), &mut parameters.dense)?;
+        gpu.download(self.experts.master.whole(), &mut parameters.experts)
+    }
+
+    /// Elements of a dense matrix, as products read them.
+    pub(crate) fn matrix(&self, range: &Range<usize>) -> Slice<'_> {
+        self.dense.read().slice(range.clone())
+    }
+
+    /// Elements of a dense vector in f32: of a norm.
+    pub(crate) fn vector(&self, range: &Range<usize>) -> Slice<'_> {
+        self.dense.master.slice(range.clone())
+    }
+
+    /// Elements of experts' matrices, as products read them.
+    pub(crate) fn experts(&self, range: Range<usize>) -> Slice<'_> {
+        self.experts.read().slice(range)
+    }
+
+    /// A range of one of the two buffers, to be updated.
+    pub fn update(&mut self, buffer: Buffer, range: Range<usize>) -> Updated<'_> {
+        let flat = match buffer {
+            Buffer::Dense => &mut self.dense,
+            Buffer::Experts => &mut self.experts,
+        };
+        let copy = flat.copy.as_mut().map(|copy| copy.slice_mut(range.clone()));
+        (flat.master.slice_mut(range), copy)
+    }
+}
+
+/// The gradients of [`DeviceWeights`], f32; ranges are in flight between backward and `Comm::finish_gradients`.
+#[derive(Debug)]
+pub struct DeviceGradients {
+    /// `[dense_len]`.
+    pub dense: SharedBuffer,
+    /// `[experts_len]`.
+    pub experts: SharedBuffer,
+}
+
+impl DeviceGradients {
+    pub(crate) fn zeros(gpu: &Gpu, layout: &ParameterLayout) -> Result<Self, CudaError> {
+        Ok(DeviceGradients {
+            dense: SharedBuffer::on_device(gpu.zeros(layout.dense_len(), DType::F32)?),
+            experts: SharedBuffer::on_device(gpu.zeros(layout.experts_len(), DType::F32)?),
+        })
+    }
+
+    /// One of the two buffers.
+    pub fn buffer(&self, buffer: Buffer) -> &SharedBuffer {
+        match buffer {
+            Buffer::Dense => &self.dense,
+            Buffer::Experts => &self.experts,
+        }
+    }
+}
