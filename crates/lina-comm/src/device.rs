@@ -1,8 +1,8 @@
 //! The time of a rank's GPU.
 //!
 //! A compute thread enqueues work and runs ahead of its device. So the work's times are asked of the device: events around
-//! it, against one whose time on the host's clock is known. They are looked at when they have happened, at the latest at the
-//! end of the step, which is the one moment at which the host waits for nothing but the time.
+//! it, against one of the step's beginning whose time on the host's clock is known. They are looked at when they have
+//! happened, at the latest at the end of the step: only there and at its beginning does the host wait for nothing but time.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -18,8 +18,6 @@ use crate::threaded::Ready;
 
 /// How many things may be enqueued before it is looked what has happened.
 const PENDING: usize = 256;
-/// Single precision resolves a millisecond this far away to a microsecond.
-const FAR_MS: f64 = 10_000.0;
 
 /// A rank's compute stream as a clock; give it to [`Comm::set_device`](crate::Comm::set_device).
 #[derive(Debug)]
@@ -80,7 +78,8 @@ impl DeviceClock {
         self.failure.as_ref()
     }
 
-    /// Waits for the device and takes it as the moment that others are measured against; `now` reads the host's clock.
+    /// Waits for the device and takes it as the moment that others are measured against; `now` reads the host's clock. CUDA
+    /// tells times in single precision, which resolves a microsecond for some ten seconds.
     pub(crate) fn set(&mut self, now: impl Fn() -> Nanos) {
         self.attempt(|this| {
             this.stream.synchronize()?;
@@ -149,16 +148,17 @@ impl DeviceClock {
         self.pending.len() > PENDING
     }
 
-    /// Takes what has happened, in order; if `all`, waits for everything.
+    /// Takes what has happened, in order; if `all`, waits for everything that has been enqueued.
     pub(crate) fn happened(&mut self, all: bool, mut each: impl FnMut(Happened)) {
         self.attempt(|this| {
+            if all {
+                this.stream.synchronize()?;
+            }
             while let Some(front) = this.pending.front() {
-                if let Pending::Work { end, .. } = front {
-                    if all {
-                        end.synchronize()?;
-                    } else if !end.query()? {
-                        break;
-                    }
+                if let Pending::Work { end, .. } = front
+                    && !end.query()?
+                {
+                    break;
                 }
                 match this.pending.pop_front() {
                     Some(Pending::Work { work, start, end }) => {
@@ -179,19 +179,10 @@ impl DeviceClock {
     }
 
     /// When an event that has happened did.
-    fn time(&mut self, event: &Event) -> Result<Nanos, CudaError> {
-        let Some((base, base_time)) = &mut self.base else { return Ok(0) };
+    fn time(&self, event: &Event) -> Result<Nanos, CudaError> {
+        let Some((base, base_time)) = &self.base else { return Ok(0) };
         let ms = f64::from(event.elapsed_ms_since(base)?);
-        let time = base_time.saturating_add_signed((ms * 1e6).round() as i64);
-        if ms > FAR_MS {
-            // CUDA's single precision would become coarse: the next ones are measured against one that is close to them.
-            let near = self.pool.record(&self.stream)?;
-            near.synchronize()?;
-            let moved = f64::from(near.elapsed_ms_since(base)?);
-            *base_time = base_time.saturating_add_signed((moved * 1e6).round() as i64);
-            self.pool.give(std::mem::replace(base, near));
-        }
-        Ok(time)
+        Ok(base_time.saturating_add_signed((ms * 1e6).round() as i64))
     }
 
     /// Does something, unless something has gone wrong.

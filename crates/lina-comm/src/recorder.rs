@@ -152,7 +152,7 @@ impl ComputeClock {
     }
 
     fn computed(&mut self, work: Work, start: Nanos, end: Nanos) {
-        self.stats.computed(work.kind, end - start);
+        self.stats.computed(work.kind, end.saturating_sub(start));
         if self.recording {
             self.spans.push(Span {
                 rank: self.rank,
@@ -217,7 +217,11 @@ impl ComputeClock {
     pub(crate) fn begin_step(&mut self, step: u64) {
         // What is between two steps is nobody's.
         #[cfg(feature = "nccl")]
-        self.take_happened(true);
+        {
+            self.take_happened(true);
+            let epoch = self.epoch;
+            self.device.iter_mut().for_each(|device| device.set(|| epoch.elapsed().as_nanos() as Nanos));
+        }
         self.step = step;
         self.step_start = self.now();
         self.stats = StepStats::default();
@@ -232,11 +236,7 @@ impl ComputeClock {
     pub(crate) fn end_step(&mut self) -> StepStats {
         self.end_work();
         #[cfg(feature = "nccl")]
-        if self.device.is_some() {
-            self.take_happened(true);
-            let epoch = self.epoch;
-            self.device.iter_mut().for_each(|device| device.set(|| epoch.elapsed().as_nanos() as Nanos));
-        }
+        self.take_happened(true);
         self.stats()
     }
 

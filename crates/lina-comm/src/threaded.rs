@@ -62,6 +62,10 @@ pub(crate) trait Engine {
     }
     /// Tells the other ranks that this one has failed.
     fn fail(&mut self, failure: CommError);
+    /// The same for a failure of the compute thread, which says itself why its rank ends.
+    fn compute_failed(&mut self, failure: CommError) {
+        self.fail(failure);
+    }
 }
 
 /// Whether what a submission is about has happened.
@@ -458,7 +462,7 @@ impl<E: Engine> CommThread<E> {
         if let Some(failure) = mail.failing.take() {
             mail.failure = Some(failure.clone());
             drop(mail);
-            self.engine.fail(failure);
+            self.engine.compute_failed(failure);
             return Some(true);
         }
         if mail.closed && self.submissions.is_empty() {

@@ -207,6 +207,12 @@ fn last_words(error: &CommError) {
     std::process::exit(1);
 }
 
+fn signal_itself(signal: &str) {
+    let own = std::process::id().to_string();
+    Command::new("kill").args([signal, &own]).status().unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+}
+
 fn number(name: &str) -> Option<u64> {
     setting(name).and_then(|text| text.parse().ok())
 }
@@ -214,9 +220,17 @@ fn number(name: &str) -> Option<u64> {
 fn config(ranks: usize) -> NcclConfig {
     let launched: Option<u64> = std::env::var("RANK").ok().and_then(|rank| rank.parse().ok());
     let identity = if number("DIFFERENT") == launched { "steps = 2" } else { "steps = 1" };
+    let mut groups = groups(ranks, 0);
+    match setting("START").filter(|_| number("LOSE") == launched).as_deref() {
+        // Others do not lead the set that it adds, so that it fails, before a set for which they wait for it.
+        Some("fail") => groups.insert(1, vec![0, 2]),
+        // It has all that it wants while others still wait for it.
+        Some("kill") => groups = vec![vec![1]],
+        _ => {}
+    }
     NcclConfig {
         ranks,
-        groups: groups(ranks, 0),
+        groups,
         timeout: Duration::from_millis(number("TIMEOUT_MS").unwrap_or(30_000)),
         identity: identity.to_owned(),
         last_words: Some(last_words),
@@ -238,6 +252,9 @@ fn rank_program() {
         }
     };
     let rank = comm.rank();
+    if setting("START").is_some_and(|what| what == "kill") && number("LOSE") == Some(rank as u64) {
+        signal_itself("-KILL");
+    }
     let gpu = Gpu::open(job.device()).unwrap();
     let mut clock = DeviceClock::new(&gpu).unwrap();
     clock.emulate_rate(&gpu, GFLOPS).unwrap();
@@ -254,11 +271,7 @@ fn rank_program() {
             match setting("SIGNAL").unwrap().as_str() {
                 "sleep" => std::thread::sleep(Duration::from_secs(20)),
                 "panic" => panic!("it was told to"),
-                signal => {
-                    let own = std::process::id().to_string();
-                    Command::new("kill").args([signal, &own]).status().unwrap();
-                    std::thread::sleep(Duration::from_millis(100));
-                }
+                signal => signal_itself(signal),
             }
         }
     });
@@ -359,6 +372,23 @@ fn a_killed_rank_is_named_by_all_others() {
 fn a_rank_that_panics_is_named_by_all_others() {
     let Some((lines, output)) = job(3, Policy::Fair, 10_000_000, &[("LOSE", "0"), ("SIGNAL", "panic")]) else { return };
     assert_eq!(lines, ["ended: rank 0 failed: it panicked"; 2], "{output}");
+}
+
+#[test]
+fn a_rank_that_fails_while_it_starts_says_why_and_is_named_by_all_others() {
+    let started = Instant::now();
+    let Some((lines, output)) = job(3, Policy::Lina, 1, &[("LOSE", "1"), ("START", "fail")]) else { return };
+    let ended = "ended: rank 1 failed: rank 0 led no group";
+    assert_eq!(lines, [ended, ended, "start: engine nccl cannot start: rank 0 led no group"], "{output}");
+    assert!(started.elapsed() < Duration::from_secs(60));
+}
+
+#[test]
+fn a_rank_that_is_killed_while_others_start_is_named_by_them() {
+    let started = Instant::now();
+    let Some((lines, output)) = job(3, Policy::Lina, 1, &[("LOSE", "1"), ("START", "kill")]) else { return };
+    assert_eq!(lines, ["ended: rank 1 failed: its process has died or was killed"; 2], "{output}");
+    assert!(started.elapsed() < Duration::from_secs(60));
 }
 
 #[test]

@@ -72,11 +72,13 @@ pub fn activation_forward(
     y: SliceMut<'_>,
 ) -> Result<(), CudaError> {
     assert_eq!((pre.len(), pre.dtype()), (y.len(), y.dtype()), "activation_forward: shapes");
-    let width = bias.map_or(pre.len(), |bias| check_bias(pre.as_slice(), bias));
+    let width = bias.map(|bias| check_bias(pre.as_slice(), bias));
     let bias = bias.map_or(0, |bias| bias.ptr());
-    let pack = pack_len(pre.dtype(), width, &[pre.ptr(), bias, y.ptr()]);
+    let pack = pack_len(pre.dtype(), width.unwrap_or(pre.len()), &[pre.ptr(), bias, y.ptr()]);
     let packs = pre.len() / pack;
-    let args = [kind(activation), (&pre).into(), Arg::Pointer(bias), (&y).into(), number(width), number(packs)];
+    // Kernels ask for the width of a bias alone.
+    let width = number(width.unwrap_or(0));
+    let args = [kind(activation), (&pre).into(), Arg::Pointer(bias), (&y).into(), width, number(packs)];
     let kernel = kernel_name("activation_forward", pre.dtype(), pack);
     gpu.launch(&ACTIVATION, &kernel, LaunchShape::covering(packs, THREADS), &args)
 }

@@ -8,6 +8,7 @@ use lina_kernels::AttentionShape;
 
 use crate::buffer::{Buffer, DType, Slice, SliceMut};
 use crate::compile::Module;
+use crate::device::DeviceFacts;
 use crate::error::CudaError;
 use crate::gpu::Gpu;
 use crate::launch::{Arg, LaunchShape};
@@ -156,7 +157,17 @@ struct Block {
 }
 
 impl Kernels {
-    fn new(gpu: &Gpu, dtype: DType, head_dim: usize) -> Result<Self, CudaError> {
+    /// # Errors
+    /// If there is no kernel for such heads, or the GPU gives blocks too little shared memory.
+    fn new(facts: &DeviceFacts, dtype: DType, head_dim: usize) -> Result<Self, CudaError> {
+        let kernels = Kernels::of_heads(facts, dtype, head_dim)?;
+        let [forward, grad_queries, grad_keys] =
+            [kernels.forward, kernels.grad_queries, kernels.grad_keys].map(|block| block.shared_bytes);
+        check_shared(facts, dtype, head_dim, forward.max(grad_queries).max(grad_keys))?;
+        Ok(kernels)
+    }
+
+    fn of_heads(facts: &DeviceFacts, dtype: DType, head_dim: usize) -> Result<Self, CudaError> {
         let size = HeadSize::new(dtype, head_dim)?;
         if dtype == DType::F32 {
             let tile_rows = size.f32_rows;
@@ -177,7 +188,7 @@ impl Kernels {
         };
         let hopper = HOPPER_HEAD_DIMS.iter().position(|&size| head_dim == size);
         let (index, row_bytes, threads, forward_keys, query_keys) = match hopper {
-            Some(index) if gpu.compute_capability() == (9, 0) => {
+            Some(index) if facts.compute_capability == (9, 0) => {
                 (F32_CAPACITIES.len() + BF16_HEAD_DIMS.len() + index, head_dim * 2, 256, 128, 128)
             }
             _ => (size.index, size.row_bytes, 128, 64, if head_dim > 64 { 32 } else { 64 }),
@@ -193,6 +204,21 @@ impl Kernels {
             grad_keys,
         })
     }
+}
+
+/// Refuses heads whose kernels have blocks with `needed` bytes of shared memory where a GPU gives a block less.
+pub(crate) fn check_shared(facts: &DeviceFacts, dtype: DType, head_dim: usize, needed: usize) -> Result<(), CudaError> {
+    if needed <= facts.shared_bytes_per_block {
+        return Ok(());
+    }
+    Err(CudaError::Unsupported(format!(
+        "attention with heads of {head_dim} elements in {} needs {} KiB of shared memory for a block, GPU {} ({}) has {}",
+        dtype.suffix(),
+        needed.div_ceil(1024),
+        facts.ordinal,
+        facts.name,
+        facts.shared_bytes_per_block / 1024
+    )))
 }
 
 pub(crate) fn number(value: usize) -> u32 {
@@ -256,13 +282,15 @@ impl AttentionPlan {
     /// The plan for activations of `tokens` rows that are stored as `dtype`.
     ///
     /// # Errors
-    /// If there is no kernel for heads of this size, or the device's memory does not suffice.
+    /// If there is no kernel for heads of this size, they need more shared memory than the GPU gives a block, or the
+    /// device's memory does not suffice.
     ///
     /// # Panics
     /// If a shape does not agree, or sequences are not in ascending order without overlap.
     pub fn new(gpu: &Gpu, shape: &AttentionShape<'_>, tokens: usize, dtype: DType) -> Result<Self, CudaError> {
         let &AttentionShape { sequences, heads_q, heads_kv, head_dim, row_stride, scale, window, .. } = shape;
         let (heads, offsets) = ([heads_q, heads_kv, head_dim], [shape.q_offset, shape.k_offset, shape.v_offset]);
+        let kernels = Kernels::new(gpu.device().facts(), dtype, head_dim)?;
         check_row(dtype, heads, row_stride, offsets, scale);
         assert!(window != Some(0), "a window of no tokens");
         let mut free = 0;
@@ -272,7 +300,6 @@ impl AttentionPlan {
         }
         assert!(free <= tokens, "sequences go past {tokens} rows");
 
-        let kernels = Kernels::new(gpu, dtype, head_dim)?;
         let window = window.unwrap_or(usize::MAX);
         // Keys that a tile's queries see, and queries that see its keys.
         let mut tiles = Vec::new();
@@ -388,4 +415,30 @@ pub fn attention_backward(
     };
     run("grad_queries", heads_q, plan.kernels.grad_queries, query_tiles)?;
     run("grad_keys", heads_kv, plan.kernels.grad_keys, key_tiles)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(compute_capability: (u32, u32), shared_kib: usize) -> DeviceFacts {
+        let (name, total_bytes) = ("a GPU".to_owned(), 1 << 30);
+        let shared_bytes_per_block = shared_kib * 1024;
+        DeviceFacts { ordinal: 2, name, compute_capability, multiprocessors: 1, shared_bytes_per_block, total_bytes }
+    }
+
+    #[test]
+    fn heads_are_refused_where_blocks_have_too_little_shared_memory() {
+        let [ampere, ada, hopper] = [((8, 0), 163), ((8, 9), 99), ((9, 0), 227)].map(|(cc, kib)| facts(cc, kib));
+        let heads = [(DType::F32, 64), (DType::F32, 128), (DType::F32, 256), (DType::Bf16, 64), (DType::Bf16, 128)];
+        for (dtype, head_dim) in heads {
+            for facts in [&ampere, &hopper] {
+                Kernels::new(facts, dtype, head_dim).unwrap();
+            }
+            assert_eq!(Kernels::new(&ada, dtype, head_dim).is_ok(), head_dim == 64, "{dtype:?}, {head_dim}");
+        }
+        let expected = "attention with heads of 128 elements in bf16 needs 137 KiB of shared memory for a block, GPU 2 (a \
+                        GPU) has 99";
+        assert_eq!(Kernels::new(&ada, DType::Bf16, 128).unwrap_err().to_string(), expected);
+    }
 }

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::ffi::c_int;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute as Attribute, CUmemoryPool};
+use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute as Attribute, CUmemoryPool, CUresult};
 
 use crate::error::{CudaError, check};
 
@@ -22,8 +22,27 @@ pub struct DeviceFacts {
     pub compute_capability: (u32, u32),
     /// Multiprocessors.
     pub multiprocessors: u32,
+    /// Most shared memory of a block, for kernels that ask for it.
+    pub shared_bytes_per_block: usize,
     /// Its memory.
     pub total_bytes: usize,
+}
+
+/// Oldest compute capability that kernels are written for: the first with bf16.
+const NEEDED_CAPABILITY: (u32, u32) = (8, 0);
+
+impl DeviceFacts {
+    /// Refuses a GPU that has not got what kernels need.
+    fn check(&self) -> Result<(), CudaError> {
+        if self.compute_capability >= NEEDED_CAPABILITY {
+            return Ok(());
+        }
+        let ((major, minor), (needed, _)) = (self.compute_capability, NEEDED_CAPABILITY);
+        Err(CudaError::Unsupported(format!(
+            "GPU {} ({}) has compute capability {major}.{minor}, expected {needed}.0 or later",
+            self.ordinal, self.name
+        )))
+    }
 }
 
 #[derive(Debug)]
@@ -38,6 +57,15 @@ struct Inner {
 unsafe impl Send for Inner {}
 // SAFETY: as above.
 unsafe impl Sync for Inner {}
+
+/// Refuses a library of CUDA of a later major version than a driver's, as `Device::driver_version` has it: its calls,
+/// and kernels that it compiles, would fail with codes that do not say so.
+pub(crate) fn check_library(library: &'static str, version: (i32, i32), driver: i32) -> Result<(), CudaError> {
+    if version.0 > driver / 1000 {
+        return Err(CudaError::LibraryTooNew { library, version, driver });
+    }
+    Ok(())
+}
 
 /// A GPU; clones share it.
 #[derive(Clone, Debug)]
@@ -98,9 +126,20 @@ impl Device {
         let mut device = 0;
         // SAFETY: the out-parameter is valid and the ordinal is one of the counted.
         check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut device, ordinal as c_int) })?;
+        let facts = facts(device, ordinal)?;
+        facts.check()?;
         let mut context = std::ptr::null_mut();
         // SAFETY: the out-parameter is valid; `Inner` releases the context.
-        check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
+        match unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) } {
+            code @ (CUresult::CUDA_ERROR_OUT_OF_MEMORY | CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE) => {
+                return Err(CudaError::Unsupported(format!(
+                    "GPU {ordinal} ({}) takes no program at present ({code:?}), expected one with free memory that is not \
+                     kept for another program; nvidia-smi shows who uses it",
+                    facts.name
+                )));
+            }
+            code => check("cuDevicePrimaryCtxRetain", code)?,
+        }
         let mut pool = std::ptr::null_mut();
         // SAFETY: the out-parameter is valid.
         check("cuDeviceGetDefaultMemPool", unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, device) })?;
@@ -109,7 +148,6 @@ impl Device {
         let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         // SAFETY: this attribute is a 64-bit number.
         check("cuMemPoolSetAttribute", unsafe { sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut keep).cast()) })?;
-        let facts = facts(device, ordinal)?;
         Ok(Device(Arc::new(Inner { facts, device, context, pool })))
     }
 
@@ -182,6 +220,22 @@ fn facts(device: CUdevice, ordinal: usize) -> Result<DeviceFacts, CudaError> {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         ),
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        shared_bytes_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
         total_bytes,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libraries_of_a_later_cuda_than_the_drivers_are_refused() {
+        assert_eq!(check_library("NVRTC", (13, 1), 13000), Ok(()));
+        assert_eq!(check_library("NVRTC", (12, 9), 13000), Ok(()));
+        let refused = check_library("NVRTC", (13, 0), 12080).unwrap_err();
+        let expected = "NVRTC 13.0 needs a driver for CUDA 13, found one for CUDA 12.8; update the driver or take the \
+                        libraries of CUDA 12";
+        assert_eq!(refused.to_string(), expected);
+    }
 }

@@ -90,17 +90,6 @@ fn launch_flat(
     gpu.launch(&ELEMENTWISE, &kernel_name(operation, dtype, packs.pack), packs.shape(), &args(packs.args()))
 }
 
-/// y += x.
-///
-/// # Errors
-/// If the device has failed.
-pub fn add(gpu: &Gpu, y: SliceMut<'_>, x: Slice<'_>) -> Result<(), CudaError> {
-    assert_eq!((y.len(), y.dtype()), (x.len(), x.dtype()), "add: shapes");
-    launch_flat(gpu, "add", y.dtype(), y.len(), &[y.ptr(), x.ptr()], |[len, shift]| {
-        vec![Arg::Pointer(y.ptr()), Arg::Pointer(x.ptr()), len, shift]
-    })
-}
-
 /// dst += src. `dst`: f32; `src`: f32 or bf16.
 ///
 /// # Errors
@@ -112,16 +101,6 @@ pub fn accumulate_f32(gpu: &Gpu, dst: SliceMut<'_>, src: Slice<'_>) -> Result<()
     let [len, shift] = packs.args();
     let kernel = kernel_name("accumulate", src.dtype(), packs.pack);
     gpu.launch(&ELEMENTWISE, &kernel, packs.shape(), &[(&dst).into(), src.into(), len, shift])
-}
-
-/// x *= factor.
-///
-/// # Errors
-/// If the device has failed.
-pub fn scale(gpu: &Gpu, x: SliceMut<'_>, factor: f32) -> Result<(), CudaError> {
-    launch_flat(gpu, "scale", x.dtype(), x.len(), &[x.ptr()], |[len, shift]| {
-        vec![Arg::Pointer(x.ptr()), factor.into(), len, shift]
-    })
 }
 
 /// Limits every element to −limit..=limit (`clip_qkv`).

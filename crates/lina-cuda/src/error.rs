@@ -22,6 +22,16 @@ pub enum CudaError {
         /// Oldest that will do.
         needed: i32,
     },
+    /// One of CUDA's libraries is of a later major version than the driver.
+    #[error("{library} {}.{} needs a driver for CUDA {}, found one for CUDA {}.{}; update the driver or take the libraries of CUDA {}", .version.0, .version.1, .version.0, .driver / 1000, .driver % 1000 / 10, .driver / 1000)]
+    LibraryTooNew {
+        /// Its name.
+        library: &'static str,
+        /// Its major and minor version.
+        version: (i32, i32),
+        /// Version of the driver's interface, as CUDA numbers it.
+        driver: i32,
+    },
     /// There is no such GPU.
     #[error("GPU {ordinal} is not there, found {count} GPU(s); CUDA_VISIBLE_DEVICES says which are visible")]
     NoDevice {
@@ -32,8 +42,8 @@ pub enum CudaError {
     },
     /// The device's memory does not suffice.
     #[error(
-        "GPU {ordinal} is out of memory: {} MiB more were needed, {} of {} MiB are free; lower train.batch_sequences, raise \
-         train.micro_batches or use more ranks", .needed >> 20, .free >> 20, .total >> 20
+        "GPU {ordinal} is out of memory: {} MiB more were needed, {} of {} MiB are free; use a smaller batch or model, or \
+         more ranks", .needed >> 20, .free >> 20, .total >> 20
     )]
     OutOfMemory {
         /// Which GPU.
@@ -44,6 +54,15 @@ pub enum CudaError {
         free: usize,
         /// Bytes that the GPU has.
         total: usize,
+    },
+    /// The host's memory does not suffice.
+    #[error(
+        "the host cannot lock {} MiB of memory that the GPU copies from and to; free memory, or use a smaller model or more \
+         ranks", .needed.div_ceil(1 << 20)
+    )]
+    HostOutOfMemory {
+        /// Bytes asked for.
+        needed: usize,
     },
     /// A kernel does not compile for this GPU.
     #[error("CUDA module `{module}` does not compile for {architecture}: {log}")]

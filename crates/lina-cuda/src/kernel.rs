@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute as Attribute, CUmodule};
 
-use crate::compile::{Module, compile_cached};
-use crate::device::Device;
+use crate::compile::{Module, compile_cached, nvrtc_version};
+use crate::device::{Device, check_library};
 use crate::error::{CudaError, check};
 use crate::launch::{Arg, LaunchShape};
 use crate::stream::Stream;
@@ -31,10 +31,12 @@ unsafe impl Sync for LoadedModule {}
 
 impl LoadedModule {
     pub(crate) fn new(device: &Device, module: &Module, architecture: &str) -> Result<Self, CudaError> {
+        check_library("NVRTC", nvrtc_version()?, Device::driver_version()?)?;
         let cubin = compile_cached(module, architecture)?;
         device.bind()?;
         let mut loaded = std::ptr::null_mut();
-        // SAFETY: the image is what NVRTC made, whole.
+        // SAFETY: the image is what NVRTC made, whole; from the cache comes only what has the length and hash that it was
+        // written with.
         check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut loaded, cubin.as_ptr().cast()) })?;
         Ok(LoadedModule { device: device.clone(), name: module.name, module: loaded })
     }

@@ -12,6 +12,7 @@
 //! | what runs after what? | [`Stream`], [`Event`] |
 //! | who copies experts while the device computes? | [`ExpertSlots`] |
 //! | how does source become a kernel? | [`Module`], [`compile`] |
+//! | which sizes do kernels take? | [`check_routing`], [`check_norm_width`], [`AttentionPlan::new`] |
 //!
 //! CUDA's libraries are loaded when they are first needed, and kernels are compiled by NVRTC on the machine that runs them: a
 //! build needs no CUDA, and one binary serves machines with and without a GPU.
@@ -34,6 +35,7 @@ mod grouped;
 pub mod jitter;
 mod kernel;
 mod launch;
+mod limits;
 mod loss;
 mod matmul;
 mod norm;
@@ -64,6 +66,7 @@ pub use gpu::Gpu;
 pub use grouped::*;
 pub use kernel::Kernel;
 pub use launch::{Arg, LaunchShape};
+pub use limits::{check_norm_width, check_routing};
 pub use loss::*;
 pub use matmul::*;
 pub use norm::*;

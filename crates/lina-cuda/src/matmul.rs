@@ -6,7 +6,7 @@
 //! repeats bit by bit on the same GPU and library; its rows may differ in their last bits from those of a product of
 //! more or fewer rows.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::c_void;
 
@@ -15,12 +15,12 @@ use cudarc::cublaslt::sys::{
     self, cublasComputeType_t, cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t,
     cublasLtMatmulDescAttributes_t as DescriptionAttribute, cublasLtMatmulHeuristicResult_t,
     cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t as PreferenceAttribute, cublasLtMatrixLayout_t,
-    cublasLtReductionScheme_t, cublasStatus_t, cudaDataType_t,
+    cublasLtReductionScheme_t, cublasStatus_t, cudaDataType_t, libraryPropertyType,
 };
 
 use crate::buffer::{Buffer, DType, Slice, SliceMut};
+use crate::device::{Device, check_library};
 use crate::error::CudaError;
-use crate::event::Event;
 use crate::gpu::Gpu;
 use crate::stream::Stream;
 
@@ -30,12 +30,6 @@ const WORKSPACE_BYTES: usize = 64 << 20;
 const BEST_ALIGNMENT_BYTES: u64 = 16;
 /// Products that are remembered. Runs need hundreds; experts' rows, which differ in every step, would fill any number.
 const MAX_PLANS: usize = 4096;
-/// Floating-point operations from which on algorithms are worth trying out.
-const TUNED_FLOP: usize = 1_000_000_000;
-/// Algorithms that are tried.
-const CANDIDATES: usize = 8;
-/// Runs of each that are timed together.
-const TRIALS: usize = 3;
 
 /// A read-only row-major matrix view in device memory, or the transpose of one.
 #[derive(Clone, Copy, Debug)]
@@ -170,19 +164,6 @@ pub fn matmul(gpu: &Gpu, mut d: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, c: Addend<'_
     gpu.timed("product", || blas.multiply(&mut d, a, b, c))
 }
 
-impl Gpu {
-    /// Whether [`matmul`] finds the fastest algorithm of a large product by trying some, which takes milliseconds at
-    /// its first call, instead of believing cuBLASLt's estimate. What wins may be another algorithm, with other last
-    /// bits, in another process.
-    ///
-    /// # Errors
-    /// If cuBLASLt cannot be loaded.
-    pub fn set_autotune(&self, on: bool) -> Result<(), CudaError> {
-        self.blas()?.autotune.set(on);
-        Ok(())
-    }
-}
-
 /// A product without depth.
 fn copy_or_clear(gpu: &Gpu, d: &mut MatMut<'_>, c: Addend<'_>) -> Result<(), CudaError> {
     let dense = d.shape.is_dense() && !matches!(c, Addend::Add(c) if !c.shape.is_dense());
@@ -265,13 +246,6 @@ struct Key {
     d: Operand,
 }
 
-impl Key {
-    fn flop(&self) -> usize {
-        let depth = if self.a.transposed { self.a.shape.rows } else { self.a.shape.columns };
-        2 * self.d.shape.rows * self.d.shape.columns * depth
-    }
-}
-
 /// Device addresses of a product's operands.
 #[derive(Clone, Copy)]
 struct Addresses {
@@ -287,12 +261,11 @@ pub(crate) struct Blas {
     handle: cublasLtHandle_t,
     workspace: Buffer,
     plans: RefCell<HashMap<Key, Plan>>,
-    autotune: Cell<bool>,
 }
 
 impl Blas {
     /// # Errors
-    /// If the library cannot be loaded, or there is no memory for its workspace.
+    /// If the library cannot be loaded or is too new for the driver, or there is no memory for its workspace.
     pub(crate) fn new(stream: &Stream) -> Result<Blas, CudaError> {
         // SAFETY: looks for a file and loads it.
         if !unsafe { sys::is_culib_present() } {
@@ -301,10 +274,11 @@ impl Blas {
                 hint: "CUDA's matrix products on the library path (nvidia-cublas has it in nvidia/cu13/lib)",
             });
         }
+        check_library("cuBLASLt", blas_version()?, Device::driver_version()?)?;
         stream.device().bind()?;
         let workspace = Buffer::new(stream, WORKSPACE_BYTES / DType::F32.bytes(), DType::F32)?;
         let handle = result::create_handle().map_err(|error| failed("cublasLtCreate", error))?;
-        Ok(Blas { stream: stream.clone(), handle, workspace, plans: RefCell::default(), autotune: Cell::new(false) })
+        Ok(Blas { stream: stream.clone(), handle, workspace, plans: RefCell::default() })
     }
 
     fn multiply(&self, d: &mut MatMut<'_>, a: Mat<'_>, b: Mat<'_>, c: Addend<'_>) -> Result<(), CudaError> {
@@ -322,42 +296,32 @@ impl Blas {
             if plans.len() == MAX_PLANS {
                 plans.clear();
             }
-            plans.insert(key, self.plan(&key, addresses)?);
+            plans.insert(key, self.plan(&key)?);
         }
-        let plan = &plans[&key];
-        self.run(plan, &plan.algorithm, addresses).map_err(|error| failed("cublasLtMatmul", error))
+        self.run(&plans[&key], addresses).map_err(|error| failed("cublasLtMatmul", error))
     }
 
-    fn plan(&self, key: &Key, addresses: Addresses) -> Result<Plan, CudaError> {
+    fn plan(&self, key: &Key) -> Result<Plan, CudaError> {
         let (a, b, d) = (key.a.layout()?, key.b.layout()?, key.d.layout()?);
         let c = key.c.unwrap_or(key.d).layout()?;
         let description = Description::new(key)?;
-        let tuned = self.autotune.get() && key.flop() >= TUNED_FLOP;
-        let candidates = self.candidates(key, &description, [&a, &b, &c, &d], if tuned { CANDIDATES } else { 1 })?;
-        let Some(&algorithm) = candidates.first() else {
-            return Err(CudaError::Unsupported(format!("cuBLASLt has no algorithm for {key:?}")));
-        };
-        let mut plan = Plan { description, a, b, c, d, added: key.c.is_some(), algorithm };
-        if candidates.len() > 1 {
-            plan.algorithm = self.fastest(&plan, &candidates, key, addresses)?;
-        }
-        Ok(plan)
+        let algorithm = self.algorithm(key, &description, [&a, &b, &c, &d])?;
+        Ok(Plan { description, a, b, c, d, added: key.c.is_some(), algorithm })
     }
 
-    /// Algorithms for a product, what cuBLASLt takes for the fastest first.
-    fn candidates(
+    /// The algorithm that cuBLASLt takes for the fastest.
+    fn algorithm(
         &self,
         key: &Key,
         description: &Description,
         [a, b, c, d]: [&Layout; 4],
-        most: usize,
-    ) -> Result<Vec<cublasLtMatmulAlgo_t>, CudaError> {
+    ) -> Result<cublasLtMatmulAlgo_t, CudaError> {
         let preference = Preference::new(key)?;
         // SAFETY: plain numbers, for which zeros are a value.
-        let mut found: [cublasLtMatmulHeuristicResult_t; CANDIDATES] = unsafe { std::mem::zeroed() };
+        let mut found: cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let mut count = 0;
         // B comes first, as everywhere.
-        // SAFETY: all handles live, and there is room for as many results as are asked for.
+        // SAFETY: all handles live, and there is room for the one result that is asked for.
         let status = unsafe {
             sys::cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
@@ -367,53 +331,21 @@ impl Blas {
                 c.0,
                 d.0,
                 preference.0,
-                most as i32,
-                found.as_mut_ptr(),
+                1,
+                &mut found,
                 &mut count,
             )
         };
-        if status == cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
-            return Ok(Vec::new());
+        if status != cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
+            status.result().map_err(|error| failed("cublasLtMatmulAlgoGetHeuristic", error))?;
         }
-        status.result().map_err(|error| failed("cublasLtMatmulAlgoGetHeuristic", error))?;
-        let usable = |found: &&cublasLtMatmulHeuristicResult_t| found.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS;
-        Ok(found[..count as usize].iter().filter(usable).map(|found| found.algo).collect())
+        if count == 0 || found.state != cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+            return Err(CudaError::Unsupported(format!("cuBLASLt has no algorithm for {key:?}")));
+        }
+        Ok(found.algo)
     }
 
-    /// The algorithm that takes least time, tried on the product's own operands with another place for D.
-    fn fastest(
-        &self,
-        plan: &Plan,
-        candidates: &[cublasLtMatmulAlgo_t],
-        key: &Key,
-        addresses: Addresses,
-    ) -> Result<cublasLtMatmulAlgo_t, CudaError> {
-        let elements = key.d.shape.rows * key.d.shape.stride;
-        let scratch = Buffer::new(&self.stream, elements, key.d.dtype)?;
-        let d = scratch.whole().ptr();
-        let addresses = Addresses { d, c: if addresses.c == addresses.d { d } else { addresses.c }, ..addresses };
-        let (start, end) = (Event::new(self.stream.device())?, Event::new(self.stream.device())?);
-        let mut best = (f32::INFINITY, candidates[0]);
-        for algorithm in candidates {
-            // The first run loads the kernel.
-            if self.run(plan, algorithm, addresses).is_err() {
-                continue;
-            }
-            start.record(&self.stream)?;
-            for _ in 0..TRIALS {
-                self.run(plan, algorithm, addresses).map_err(|error| failed("cublasLtMatmul", error))?;
-            }
-            end.record(&self.stream)?;
-            end.synchronize()?;
-            let ms = end.elapsed_ms_since(&start)?;
-            if ms < best.0 {
-                best = (ms, *algorithm);
-            }
-        }
-        Ok(best.1)
-    }
-
-    fn run(&self, plan: &Plan, algorithm: &cublasLtMatmulAlgo_t, at: Addresses) -> Result<(), CublasError> {
+    fn run(&self, plan: &Plan, at: Addresses) -> Result<(), CublasError> {
         let (alpha, beta) = (1.0f32, if plan.added { 1.0f32 } else { 0.0 });
         let pointer = |address: u64| address as *mut c_void;
         // SAFETY: the plan's handles live; the operands are views of device memory that the layouts lie within, D is
@@ -432,7 +364,7 @@ impl Blas {
                 plan.c.0,
                 pointer(at.d),
                 plan.d.0,
-                algorithm,
+                &plan.algorithm,
                 pointer(self.workspace.whole().ptr()),
                 WORKSPACE_BYTES,
                 self.stream.raw().cast(),
@@ -448,6 +380,17 @@ impl Drop for Blas {
             let _ = unsafe { result::destroy_handle(self.handle) };
         }
     }
+}
+
+/// The library's major and minor version.
+fn blas_version() -> Result<(i32, i32), CudaError> {
+    let property = |property| {
+        let mut value = 0;
+        // SAFETY: the out-parameter is valid.
+        let status = unsafe { sys::cublasLtGetProperty(property, &mut value) };
+        status.result().map(|()| value).map_err(|error| failed("cublasLtGetProperty", error))
+    };
+    Ok((property(libraryPropertyType::MAJOR_VERSION)?, property(libraryPropertyType::MINOR_VERSION)?))
 }
 
 /// A product as cuBLASLt knows it.

@@ -11,6 +11,7 @@ use crate::elementwise::{THREADS, flag, kernel_name, number, pack_len};
 use crate::error::CudaError;
 use crate::gpu::Gpu;
 use crate::launch::{Arg, LaunchShape};
+use crate::limits::{MAX_NORM_WIDTH, check_norm_width};
 
 pub(crate) static NORM: Module =
     Module::new("norm", concat!(include_str!("kernels/pack.cuh"), include_str!("kernels/norm.cu")));
@@ -345,16 +346,8 @@ impl BackwardTeams {
         if packs <= MAX_TEAM {
             return Ok(Self::new(0, 1, packs.next_multiple_of(32), units, Self::rows(pack)));
         }
-        // What fits into a thread's registers.
-        let held = match pack {
-            8 => 2,
-            4 => 4,
-            _ => 16,
-        };
-        if packs > MAX_TEAM * held {
-            let most = MAX_TEAM * held * pack;
-            return Err(CudaError::Unsupported(format!("norms of rows of {width} elements: at most {most} here")));
-        }
+        check_norm_width(width)?;
+        let held = MAX_NORM_WIDTH / (MAX_TEAM * pack);
         Ok(Self::new(0, held, packs.div_ceil(held).next_multiple_of(32), units, 1))
     }
 

@@ -11,7 +11,7 @@ use std::ops::Range;
 use lina_kernels::{PAGE_TOKENS, PagedSequence, PagedShape, page_elements};
 
 use crate::attention::{
-    F32_THREADS, HeadSize, WARP_ROWS_BLOCK, check_aligned, check_row, layout, number, sized_module,
+    F32_THREADS, HeadSize, WARP_ROWS_BLOCK, check_aligned, check_row, check_shared, layout, number, sized_module,
 };
 use crate::buffer::{Buffer, DType, Slice, SliceMut};
 use crate::compile::Module;
@@ -124,13 +124,26 @@ impl PagedPlan {
     /// The plan for activations of `tokens` rows; activations and cache are stored as `dtype`.
     ///
     /// # Errors
-    /// If there is no kernel for heads of this size, or the device's memory does not suffice.
+    /// If there is no kernel for heads of this size, they need more shared memory than the GPU gives a block, or the
+    /// device's memory does not suffice.
     ///
     /// # Panics
     /// If a shape does not agree, or sequences are not in ascending order of rows without overlap.
     pub fn new(gpu: &Gpu, shape: &PagedShape<'_>, tokens: usize, dtype: DType) -> Result<Self, CudaError> {
         let &PagedShape { sequences, heads_q, heads_kv, head_dim, row_stride, scale, window, .. } = shape;
         let (heads, offsets) = ([heads_q, heads_kv, head_dim], [shape.q_offset, shape.k_offset, shape.v_offset]);
+        let size = HeadSize::new(dtype, head_dim)?;
+        let shared_bytes = |rows: usize| match dtype {
+            // Queries, keys, values, and the queries' weights.
+            DType::F32 => (rows + 2 * size.f32_rows) * size.row_bytes + rows * size.weight_bytes,
+            // Queries, and two stages of keys and values.
+            _ => (rows + 2 * 2 * PAGE_TOKENS) * size.row_bytes,
+        };
+        let (many_rows, few_threads, many_threads) = match dtype {
+            DType::F32 => (size.f32_rows, F32_THREADS, F32_THREADS),
+            _ => (64, 32, 128),
+        };
+        check_shared(gpu.device().facts(), dtype, head_dim, shared_bytes(many_rows))?;
         check_row(dtype, heads, row_stride, offsets, scale);
         assert!(window != Some(0), "a window of no tokens");
         let group = heads_q / heads_kv;
@@ -160,9 +173,8 @@ impl PagedPlan {
             first_pages.push(page_count);
             page_count += sequence.pages.len();
         }
-        let size = HeadSize::new(dtype, head_dim)?;
         let busy = gpu.multiprocessors() as usize * BUSY_BLOCKS;
-        let mut pass = |name: &'static str, rows: usize, threads: u32, shared_bytes: usize, few: bool| {
+        let mut pass = |name: &'static str, rows: usize, threads: u32, few: bool| {
             let list = list_tasks(shape, rows, |sequence| (sequence.rows * group <= FEW_ROWS) == few);
             let split = list.len() * heads_kv < busy;
             let (mut tasks, mut merges, mut states) = (Vec::new(), Vec::new(), 0);
@@ -200,28 +212,15 @@ impl PagedPlan {
                 name,
                 rows,
                 threads,
-                shared_bytes,
+                shared_bytes: shared_bytes(rows),
                 tasks: place(tasks),
                 merges: place(merges),
                 sums: gpu.uninit(kept * head_dim, DType::F32)?,
                 states: gpu.uninit(kept * 2, DType::F32)?,
             })
         };
-        let (few, many) = match dtype {
-            // Queries, keys, values, and the queries' weights.
-            DType::F32 => {
-                let shared = |rows: usize| (rows + 2 * size.f32_rows) * size.row_bytes + rows * size.weight_bytes;
-                (
-                    pass("few", FEW_ROWS, F32_THREADS, shared(FEW_ROWS), true)?,
-                    pass("many", size.f32_rows, F32_THREADS, shared(size.f32_rows), false)?,
-                )
-            }
-            // Queries, and two stages of keys and values.
-            _ => {
-                let shared = |rows: usize| (rows + 2 * 2 * PAGE_TOKENS) * size.row_bytes;
-                (pass("few", FEW_ROWS, 32, shared(FEW_ROWS), true)?, pass("many", 64, 128, shared(64), false)?)
-            }
-        };
+        let few = pass("few", FEW_ROWS, few_threads, true)?;
+        let many = pass("many", many_rows, many_threads, false)?;
         let pages = words.len();
         words.extend(sequences.iter().flat_map(|sequence| sequence.pages));
         Ok(PagedPlan {

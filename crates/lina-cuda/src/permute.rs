@@ -18,6 +18,7 @@ use crate::elementwise::{THREADS, kernel_name, number, pack_len};
 use crate::error::CudaError;
 use crate::gpu::Gpu;
 use crate::launch::{Arg, LaunchShape};
+use crate::limits::check_experts;
 
 pub(crate) static PERMUTE: Module =
     Module::new("permute", concat!(include_str!("kernels/pack.cuh"), include_str!("kernels/permute.cu")));
@@ -29,8 +30,6 @@ const BLOCK_ITEMS: usize = 1024;
 const MAX_CHUNKS: usize = 128;
 /// Parts of a gathered row's slab that a lane of a warp copies, as in the kernel.
 const SLAB_PARTS: usize = 2;
-/// Experts whose counters fit into a block's shared memory.
-const MAX_EXPERTS: usize = 1024;
 /// Values of a digit in a pass of [`stable_order`], and its bits.
 const DIGITS: usize = 1 << DIGIT_BITS;
 const DIGIT_BITS: u32 = 10;
@@ -147,10 +146,7 @@ fn check_assignments(
         "chunks are ranges of tokens"
     );
     assert!(top_k > 0 && expert_index.dtype() == DType::U32, "assignments are numbers of experts");
-    if experts > MAX_EXPERTS {
-        return Err(CudaError::Unsupported(format!("{experts} experts: at most {MAX_EXPERTS} on a GPU")));
-    }
-    Ok(())
+    check_experts(experts)
 }
 
 /// The rows of `ids` (u32, below `limit`) sorted by id, those of one id in order.

@@ -2,7 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 
-use cudarc::driver::sys;
+use cudarc::driver::sys::{self, CUresult};
 
 use crate::device::Device;
 use crate::error::{CudaError, check};
@@ -29,7 +29,10 @@ impl PinnedBuffer {
         device.bind()?;
         let mut ptr = std::ptr::null_mut();
         // SAFETY: the out-parameter is valid; at least one byte is asked for.
-        check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&mut ptr, len.max(1), 0) })?;
+        match unsafe { sys::cuMemHostAlloc(&mut ptr, len.max(1), 0) } {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Err(CudaError::HostOutOfMemory { needed: len }),
+            code => check("cuMemHostAlloc", code)?,
+        }
         let ptr = ptr.cast::<u8>();
         // SAFETY: as many bytes were allocated.
         unsafe { ptr.write_bytes(0, len) };

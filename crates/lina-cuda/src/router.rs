@@ -7,14 +7,12 @@ use crate::elementwise::{THREADS, flag, number};
 use crate::error::CudaError;
 use crate::gpu::Gpu;
 use crate::launch::{Arg, LaunchShape};
+use crate::limits::{check_experts, check_routing};
 
 pub(crate) static ROUTER: Module = Module::new("router", include_str!("kernels/router.cu"));
 
 /// Threads of a token.
 const WARP: usize = 32;
-/// What the lanes of a warp hold.
-const MAX_EXPERTS: usize = 1024;
-const MAX_TOP_K: usize = 64;
 
 /// probs = softmax(logits) per token; the `k` most probable experts, most probable first and lower index first among
 /// equals; their probabilities as weights, divided by their sum with `renormalise`.
@@ -123,18 +121,8 @@ fn shape(dense: usize, sparse: Slice<'_>, k: usize) -> Result<(usize, usize), Cu
         dense == tokens * experts && k <= experts,
         "router: {dense} probabilities for {tokens} tokens that choose {k} experts each"
     );
-    check_experts(experts)?;
-    if k > MAX_TOP_K {
-        return Err(CudaError::Unsupported(format!("{k} experts per token: at most {MAX_TOP_K} on a GPU")));
-    }
+    check_routing(experts, k)?;
     Ok((tokens, experts))
-}
-
-fn check_experts(experts: usize) -> Result<(), CudaError> {
-    if experts > MAX_EXPERTS {
-        return Err(CudaError::Unsupported(format!("{experts} experts: at most {MAX_EXPERTS} on a GPU")));
-    }
-    Ok(())
 }
 
 fn assert_f32(slices: &[Slice<'_>]) {

@@ -129,6 +129,16 @@ fn f32_takes_heads_of_any_size() {
 }
 
 #[test]
+fn heads_that_bf16_has_no_kernel_for_are_refused() {
+    let Some(gpu) = gpu() else { return };
+    let sequences = sequences(&[(0, 100)]);
+    for head_dim in [5, 24, 192] {
+        let shape = AttentionShape::fused(&sequences, 3, 1, head_dim);
+        assert!(matches!(AttentionPlan::new(&gpu, &shape, 100, DType::Bf16), Err(CudaError::Unsupported(_))));
+    }
+}
+
+#[test]
 fn queries_keys_and_values_may_lie_anywhere_in_a_row() {
     let Some(gpu) = gpu() else { return };
     let sequences = sequences(&[(2, 150)]);

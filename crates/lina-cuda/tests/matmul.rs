@@ -133,17 +133,6 @@ fn nothing_is_ordinary() {
 }
 
 #[test]
-fn a_tried_algorithm_computes_the_same_product() {
-    let Some(gpu) = gpu() else { return };
-    gpu.set_autotune(true).unwrap();
-    for types in TYPES {
-        for added in [Added::Nothing, Added::InPlace, Added::Another] {
-            check(&gpu, Case { sizes: [1024, 768, 768], transposed: [false, true], padding: 0, types, added });
-        }
-    }
-}
-
-#[test]
 fn products_repeat_bit_by_bit() {
     let Some(gpu) = gpu() else { return };
     // Deep and narrow: an algorithm that cuts the depth is the fastest.

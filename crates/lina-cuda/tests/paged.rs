@@ -1,7 +1,7 @@
 //! Attention over pages on a GPU against the processor's, and that a token's bits depend on nothing but its sequence.
 
 use lina_cuda::testing::{gpu, random, relative_error, round_bf16};
-use lina_cuda::{Buffer, DType, Gpu, PagedPlan, paged_append, paged_attention};
+use lina_cuda::{Buffer, CudaError, DType, Gpu, PagedPlan, paged_append, paged_attention};
 use lina_kernels::{Compute, PAGE_TOKENS, PagedSequence, PagedShape, page_elements};
 
 const TYPES: [DType; 2] = [DType::F32, DType::Bf16];
@@ -142,6 +142,15 @@ fn a_token_has_the_same_bits_whatever_is_beside_it() {
         for found in many.chunks_exact(heads * head_dim) {
             assert!(found.iter().zip(&one).all(|(a, b)| a.to_bits() == b.to_bits()), "{dtype:?}");
         }
+    }
+}
+
+#[test]
+fn heads_that_bf16_has_no_kernel_for_are_refused() {
+    let Some(gpu) = gpu() else { return };
+    for head_dim in [5, 24, 192] {
+        let shape = PagedShape::fused(&[], 3, 1, head_dim);
+        assert!(matches!(PagedPlan::new(&gpu, &shape, 0, DType::Bf16), Err(CudaError::Unsupported(_))));
     }
 }
 

@@ -13,12 +13,10 @@ fn a_slot_holds_what_was_copied_last() {
     let Some(gpu) = gpu() else { return };
     for dtype in [DType::F32, DType::Bf16] {
         let experts: Vec<Vec<f32>> = (0..4).map(|expert| round_bf16(&random(expert, ELEMENTS))).collect();
-        let mut bytes = Vec::new();
-        experts.iter().for_each(|expert| f32::encode(expert, dtype, &mut bytes));
-        let mut pinned = PinnedBuffer::zeros(gpu.device(), bytes.len()).unwrap();
-        pinned.copy_from_slice(&bytes);
-        let pinned = Arc::new(pinned);
         let block = ELEMENTS * dtype.bytes();
+        let mut pinned = PinnedBuffer::zeros(gpu.device(), experts.len() * block).unwrap();
+        experts.iter().zip(pinned.chunks_mut(block)).for_each(|(expert, bytes)| f32::encode(expert, dtype, bytes));
+        let pinned = Arc::new(pinned);
         let mut slots = ExpertSlots::new(&gpu, 2, 2, ELEMENTS, dtype).unwrap();
         for (layer, slot) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
             slots.load(&gpu, layer, slot, &experts[2 * layer + slot]).unwrap();

@@ -22,6 +22,7 @@ use crate::decode_machine::Machine;
 use crate::device::{ModelParts, ProcessShared, StepModel};
 use crate::job::load_weights;
 use crate::ranks::step_error;
+use crate::sampling::{maximum, position};
 use crate::{Arithmetic, InferError};
 
 /// Tokens before those that are decoded and measured.
@@ -226,9 +227,8 @@ fn machine(decoder: &mut Decoder, threads: usize, options: &DecodeOptions) -> Re
             use crate::decode_machine::{CudaMachine, prompt_gflop};
             let gflop = prompt_gflop(model.config(), tokens);
             // A stream of its own, which nothing else is on while it is measured.
-            let gpu = lina_cuda::Gpu::open(model.gpu().ordinal()).map_err(InferError::Device)?;
-            let machine = CudaMachine::new(gpu, model.dtype(), gflop).map_err(InferError::Device)?;
-            Ok(Machine::Cuda(Box::new(machine)))
+            let gpu = lina_cuda::Gpu::open(model.gpu().ordinal())?;
+            Ok(Machine::Cuda(Box::new(CudaMachine::new(gpu, model.dtype(), gflop)?)))
         }
     }
 }
@@ -248,7 +248,7 @@ fn weights(options: &DecodeOptions) -> Result<(Arc<InferenceWeights>, bool), Inf
         (run.model, folder)
     };
     check(options, &config)?;
-    let weights = load_weights(folder.as_deref(), config, 0)?;
+    let weights = load_weights(folder.as_deref(), config, &[], 1)?;
     Ok((Arc::new(weights), folder.is_none()))
 }
 
@@ -328,8 +328,8 @@ impl Decoder {
         (0..tokens)
             .map(|_| {
                 let begun = Instant::now();
-                let logits = self.model.logits().iter().zip(0..);
-                let (_, token) = logits.max_by(|a, b| a.0.total_cmp(b.0)).expect("logits of the last token");
+                let logits = self.model.logits();
+                let token = position(logits, maximum(logits));
                 self.step(&[token])?;
                 Ok(milliseconds(begun))
             })

@@ -34,7 +34,7 @@ impl Machine {
         match self {
             Machine::Host { compute, .. } => Ok(read_bandwidth(compute)),
             #[cfg(feature = "cuda")]
-            Machine::Cuda(machine) => machine.copy_bytes_per_s().map_err(InferError::Device),
+            Machine::Cuda(machine) => Ok(machine.copy_bytes_per_s()?),
         }
     }
 
@@ -47,7 +47,7 @@ impl Machine {
                 Ok(begun.elapsed().as_secs_f64() * 1e3)
             }
             #[cfg(feature = "cuda")]
-            Machine::Cuda(machine) => machine.products_ms().map_err(InferError::Device),
+            Machine::Cuda(machine) => Ok(machine.products_ms()?),
         }
     }
 

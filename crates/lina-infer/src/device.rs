@@ -189,6 +189,16 @@ impl StepModel {
         Ok(StepModel::Cuda(Box::new(model)))
     }
 
+    /// Has a GPU load, compile and allocate what steps need, before anybody waits for one. All ranks call it together.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "processors are ready as they are"))]
+    pub fn warm_up(&mut self, comm: &mut Comm) -> Result<(), TrainError> {
+        match self {
+            StepModel::Host(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            StepModel::Cuda(model) => model.warm_up(comm).map_err(device_step_error),
+        }
+    }
+
     /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         of_either!(self, model => model.config())

@@ -36,6 +36,14 @@ impl InferError {
     }
 }
 
+/// What is missing or does not suffice is the environment's or the request's; a call that failed is the GPU's.
+#[cfg(feature = "cuda")]
+impl From<lina_cuda::CudaError> for InferError {
+    fn from(error: lina_cuda::CudaError) -> Self {
+        crate::device::device_error(error).into()
+    }
+}
+
 impl From<TrainError> for InferError {
     fn from(error: TrainError) -> Self {
         match error {

@@ -1,7 +1,7 @@
 //! A job that serves requests: ranks start, hold the model, and end when nobody asks any more.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use lina_comm::Comm;
 use lina_kernels::PAGE_TOKENS;
@@ -10,7 +10,7 @@ use lina_plan::{
     Estimator, ExpertLayout, ExpertSchedulerSettings, PlacementCosts, PlacementPolicy, Policy, PolicyRules,
     PolicySettings,
 };
-use lina_train::{ClusterConfig, Engine, MemoryPlan, TrainError, run_job};
+use lina_train::{ClusterConfig, Engine, MemoryPlan, TrainError, launched_ranks_here, run_job};
 
 use crate::device::{ModelParts, ProcessShared, StepModel};
 use crate::ranks::{RankWorker, Ranks};
@@ -104,13 +104,14 @@ pub fn with_engine<R: Send>(
     f: impl FnOnce(EngineHandle) -> R + Send,
 ) -> Result<Option<R>, InferError> {
     let prepared = prepare(options)?;
-    // A GPU has memory of its own.
-    let cache_gib = if options.arithmetic.device == Device::Cpu { options.cache_gib } else { 0.0 };
-    let cache_bytes = (cache_gib * f64::from(1 << 30)) as u64;
-    let weights = Arc::new(load_weights(Some(&options.model), prepared.config.clone(), cache_bytes)?);
+    let beside = beside_weights(options, &prepared);
+    let processes = if options.engine.has_processes() { launched_ranks_here().unwrap_or(1) } else { 1 };
+    let weights = Arc::new(load_weights(Some(&options.model), prepared.config.clone(), &[beside], processes)?);
     let forecast = forecast(options, &weights)?;
     let (handle, inbox) = engine_channel(engine, prepared.backend);
-    let inbox = Mutex::new(Some(inbox));
+    // Who asks begins once a rank can answer.
+    let (ready, serving) = mpsc::channel();
+    let inbox = Mutex::new(Some((inbox, ready)));
     let experts =
         ExpertLayout::new(prepared.config.experts.max(1), prepared.cluster.ranks, None).map_err(InferError::input)?;
     let rules = PolicyRules::new(Policy::Fair, &PolicySettings::default());
@@ -127,11 +128,15 @@ pub fn with_engine<R: Send>(
             weights: &weights,
             shared: &shared,
         };
-        let mut worker = RankWorker::new(StepModel::start(comm, parts)?);
+        let mut model = StepModel::start(comm, parts)?;
+        model.warm_up(comm)?;
+        let mut worker = RankWorker::new(model);
         if comm.rank() > 0 {
             return worker.follow(comm).map_err(job_error);
         }
-        let inbox = inbox.lock().unwrap_or_else(PoisonError::into_inner).take().expect("one rank leads");
+        let (inbox, ready) = inbox.lock().unwrap_or_else(PoisonError::into_inner).take().expect("one rank leads");
+        // The other end stays until the job has ended.
+        let _ = ready.send(());
         let mut ranks = Ranks::new(comm, worker, prepared.backend, prepared.cluster.is_emulated());
         serve_requests(&mut ranks, inbox).and_then(|()| ranks.stop()).map_err(job_error)
     };
@@ -141,27 +146,44 @@ pub fn with_engine<R: Send>(
         return Ok(None);
     }
     std::thread::scope(|scope| {
-        let user = scope.spawn(|| {
+        let user = scope.spawn(move || {
             let _end = ShutDownOnDrop(handle.clone());
-            f(handle)
+            serving.recv().ok().map(|()| f(handle))
         });
         let job = run_job(&prepared.cluster, &experts, rules, &identity, rank_main);
         // A job that never came to serve must not leave its user waiting.
         drop(inbox.lock().unwrap_or_else(PoisonError::into_inner).take());
         let result = user.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         job?;
-        Ok(Some(result))
+        Ok(result)
     })
 }
 
-/// A model's weights, of `folder` or initial ones, if they fit beside keys and values of `cache_bytes`.
+/// What a process has in host memory beside the weights: the name and bytes of a part.
+fn beside_weights(options: &ModelOptions, prepared: &Prepared) -> (&'static str, u64) {
+    if options.arithmetic.device == Device::Cpu {
+        return ("keys and values", (options.cache_gib * f64::from(1 << 30)) as u64);
+    }
+    // A GPU has memory of its own for keys and values; experts that have no slot of it come from a copy.
+    let config = &prepared.config;
+    let matrices = config.ffn.input_matrices() + 1;
+    let expert_bytes = matrices * config.hidden * config.expert_hidden * options.arithmetic.element_bytes();
+    let copied = if prepared.scheduler.slots < config.experts { config.moe_layers() * config.experts } else { 0 };
+    ("experts for copies", (copied * expert_bytes) as u64)
+}
+
+/// A model's weights, of `folder` or initial ones, if they fit beside other parts (names and bytes) in each of `processes`
+/// processes of this host.
 pub(crate) fn load_weights(
     folder: Option<&Path>,
     config: ModelConfig,
-    cache_bytes: u64,
+    beside: &[(&str, u64)],
+    processes: usize,
 ) -> Result<InferenceWeights, InferError> {
-    let parts = [("weights", InferenceWeights::bytes_of(&config)), ("keys and values", cache_bytes)];
-    MemoryPlan::of_parts(&parts).check_or("lower --cache-gib or take a smaller model", None)?;
+    let of_process = [&[("weights", InferenceWeights::bytes_of(&config))], beside].concat();
+    let parts: Vec<_> = of_process.into_iter().map(|(name, bytes)| (name, bytes * processes as u64)).collect();
+    let advice = "lower --cache-gib, raise --slots, have fewer ranks on this host or take a smaller model";
+    MemoryPlan::of_parts(&parts).check_or(advice, None)?;
     match folder {
         Some(folder) => InferenceWeights::load(folder, config).map_err(InferError::input),
         None => Ok(InferenceWeights::initial(config, 0)),
@@ -282,4 +304,25 @@ fn forecast(options: &ModelOptions, weights: &InferenceWeights) -> Result<Foreca
             ));
         }
     })
+}
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+    use lina_train::Scalar;
+
+    #[test]
+    fn experts_without_a_slot_are_counted_once_more() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lina-model/tests/fixtures/hf/qwen3_moe");
+        let config = ModelConfig::from_folder(&model).unwrap();
+        let weights = InferenceWeights::load(&model, config.clone()).unwrap();
+        let arithmetic = Arithmetic { device: Device::Cuda, dtype: Scalar::Bfloat16 };
+        let beside = |ranks| {
+            let options = ModelOptions { model: model.clone(), ranks, arithmetic, ..ModelOptions::default() };
+            beside_weights(&options, &prepare(&options).unwrap())
+        };
+        let experts = (config.moe_layers() * config.experts) as u64;
+        assert_eq!(beside(1), ("experts for copies", 0));
+        assert_eq!(beside(2), ("experts for copies", experts * weights.expert_bytes() / 2));
+    }
 }

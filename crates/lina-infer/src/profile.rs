@@ -196,7 +196,7 @@ pub fn profile(options: &ProfileOptions) -> Result<ProfileSummary, InferError> {
         .map_err(|error| InferError::Input(format!("--path-length is {}: {}", options.length, error.message)))?;
     let stream = read_tokens(&options.model, &config, &options.data)?;
     let held_out = options.held_out.as_ref().map(|data| read_tokens(&options.model, &config, data)).transpose()?;
-    let weights = Arc::new(load_weights(Some(&options.model), config.clone(), 0)?);
+    let weights = Arc::new(load_weights(Some(&options.model), config.clone(), &[], 1)?);
     let threads = if options.threads > 0 {
         options.threads
     } else {

@@ -300,7 +300,7 @@ const BLOCK: usize = 1024;
 const LANES: usize = 16;
 
 /// Largest logit; NaN is passed over.
-fn maximum(logits: &[f32]) -> f32 {
+pub(crate) fn maximum(logits: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (whole, rest) = logits.as_chunks::<LANES>();
@@ -313,7 +313,7 @@ fn maximum(logits: &[f32]) -> f32 {
 }
 
 /// The first token with this logit.
-fn position(logits: &[f32], logit: f32) -> u32 {
+pub(crate) fn position(logits: &[f32], logit: f32) -> u32 {
     let block = logits.chunks(BLOCK).position(|block| block.iter().fold(false, |any, &it| any | (it == logit)));
     let first = block.unwrap_or(0) * BLOCK;
     let offset = logits[first..].iter().position(|&it| it == logit);

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use lina_comm::{Comm, DeviceClock};
-use lina_cuda::testing::{gpu, relative_error};
+use lina_cuda::testing::{gpu, random, relative_error};
 use lina_cuda::{DType, Gpu};
 use lina_kernels::Compute;
 use lina_model::{
@@ -140,7 +140,8 @@ fn compare(name: &str, config: &ModelConfig, dtype: DType, sequences: &[usize], 
     let fill = |layout: &ParameterLayout, parameters: &mut Parameters| {
         parameters.initialise(layout, 42);
         // Norms at 1 and biases at 0 would hide mistakes.
-        parameters.dense.iter_mut().enumerate().for_each(|(index, value)| *value += 0.05 * (index as f32 * 0.7).sin());
+        let noise = random(7, parameters.dense.len());
+        parameters.dense.iter_mut().zip(noise).for_each(|(value, noise)| *value += 0.05 * noise);
         if dtype == DType::Bf16 {
             let all = parameters.dense.iter_mut().chain(&mut parameters.experts);
             all.for_each(|value| *value = half::bf16::from_f32(*value).to_f32());

@@ -119,7 +119,7 @@ pub(crate) fn prepared_worker<'a>(
             parameters.initialise(layout, config.train.seed);
         }
     }
-    worker.to_device()?;
+    worker.load_device()?;
     Ok(worker)
 }
 

@@ -70,9 +70,11 @@ impl PackingPlan {
     }
 
     /// Agrees with the other ranks on what fits. All ranks call it together, between steps.
-    pub(crate) fn start(&self, comm: &mut Comm, step: u64) -> Result<Packing, TrainError> {
-        let rungs = self.ladder.layouts().len();
-        let mut fitting: Vec<f64> = (0..rungs).map(|rung| f64::from(u8::from(rung < self.fitting))).collect();
+    pub(crate) fn start(&self, worker: &Worker<'_>, comm: &mut Comm, step: u64) -> Result<Packing, TrainError> {
+        let mut fitting = Vec::with_capacity(self.ladder.layouts().len());
+        for (rung, layout) in self.ladder.layouts().iter().enumerate() {
+            fitting.push(f64::from(u8::from(rung < self.fitting && worker.device_fits(layout)?)));
+        }
         comm.begin_evaluation(step)?;
         comm.sum(&mut fitting)?;
         comm.end_step();
@@ -192,7 +194,7 @@ impl Worker<'_> {
         if old == *new {
             return Ok(0);
         }
-        self.to_host()?;
+        self.store_device()?;
         comm.begin_evaluation(step)?;
         let rank = comm.rank();
         let moves = moves(&old, new);

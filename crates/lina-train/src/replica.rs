@@ -60,7 +60,7 @@ impl Replica {
             Scalar::Float32 => DType::F32,
             Scalar::Bfloat16 => DType::Bf16,
         };
-        check_memory(&gpu, config, experts, comm.rank(), dtype)?;
+        check_memory(&gpu, needed_bytes(config, experts, comm.rank(), dtype))?;
         let limits = model_limits(config, comm.ranks());
         let model = CudaModel::new(gpu, config.model.clone(), experts.clone(), comm.rank(), dtype, limits)?;
         let (gpu, layout) = (model.gpu(), model.layout());
@@ -92,8 +92,17 @@ impl Replica {
         Ok(())
     }
 
+    /// Whether the GPU has the memory for the experts of `layout`, beside what other programs take.
+    pub(crate) fn fits(&self, config: &RunConfig, layout: &ExpertLayout, rank: usize) -> Result<bool, TrainError> {
+        let (free, _) = self.model.gpu().device().memory()?;
+        let needed = |layout| needed_bytes(config, layout, rank, self.model.dtype());
+        Ok(needed(layout) <= free + needed(self.model.expert_layout()))
+    }
+
     /// Takes the experts that `model` holds now.
     pub(crate) fn set_experts(&mut self, model: &Model, optimizer: &AdamW) -> Result<(), TrainError> {
+        // The old ones first: both may not fit.
+        self.experts = DeviceMoments::zeros(self.model.gpu(), 0)?;
         self.model.set_experts(model.expert_layout().clone())?;
         self.experts = DeviceMoments::zeros(self.model.gpu(), self.model.layout().experts_len())?;
         self.load(model, optimizer)
@@ -156,16 +165,9 @@ impl Replica {
     }
 }
 
-/// Refuses a run that will not fit before anything is allocated: parameters in f32 and as products read them, gradients, moments,
-/// and activations as they are stored.
-fn check_memory(
-    gpu: &Gpu,
-    config: &RunConfig,
-    experts: &ExpertLayout,
-    rank: usize,
-    dtype: DType,
-) -> Result<(), TrainError> {
-    let plan = memory_plan(&config.model, experts, rank, model_limits(config, experts.ranks()));
+/// Bytes that a rank takes on its GPU: parameters in f32 and as products read them, gradients, moments, and activations as they
+/// are stored.
+fn needed_bytes(config: &RunConfig, experts: &ExpertLayout, rank: usize, dtype: DType) -> usize {
     let on_device = |name: &str, bytes: usize| match (name, dtype) {
         // The parameters and two moments, and the copy.
         ("parameters", DType::Bf16) => 3 * bytes + bytes / 2,
@@ -174,10 +176,15 @@ fn check_memory(
         (_, DType::Bf16) => bytes / 2,
         (_, _) => bytes,
     };
-    let needed: usize = plan.iter().map(|part| on_device(part.name, part.bytes)).sum();
+    let plan = memory_plan(&config.model, experts, rank, model_limits(config, experts.ranks()));
+    plan.iter().map(|part| on_device(part.name, part.bytes)).sum()
+}
+
+/// Refuses a run that will not fit before anything is allocated.
+fn check_memory(gpu: &Gpu, needed: usize) -> Result<(), CudaError> {
     let (free, total) = gpu.device().memory()?;
     if needed > free {
-        return Err(CudaError::OutOfMemory { ordinal: gpu.ordinal(), needed, free, total }.into());
+        return Err(CudaError::OutOfMemory { ordinal: gpu.ordinal(), needed, free, total });
     }
     Ok(())
 }

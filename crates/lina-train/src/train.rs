@@ -130,7 +130,7 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
         let mut worker = prepared_worker(&config, &loaded.data, &experts, comm)?;
         if let Some((folder, _)) = &resume {
             checkpoint::load(&mut worker, folder, true)?;
-            worker.to_device()?;
+            worker.load_device()?;
         }
         // A checkpoint that some rank cannot read must not leave a run's folder behind.
         comm.begin_evaluation(first_step)?;
@@ -146,7 +146,7 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
             }
             observer = Some(started);
         }
-        let packing = packing.as_ref().map(|plan| plan.start(comm, first_step)).transpose()?;
+        let packing = packing.as_ref().map(|plan| plan.start(&worker, comm, first_step)).transpose()?;
         let resumed = resume.as_ref().and_then(|(_, state)| state.tuning.as_ref());
         let adaptation = Adaptation::new(&config, config.policy.name, packing, resumed);
         comm.set_rules(adaptation.rules());
@@ -288,7 +288,7 @@ impl Run<'_> {
         step: u64,
     ) -> Result<Option<PathBuf>, TrainError> {
         let Some(out) = self.out else { return Ok(None) };
-        worker.to_host()?;
+        worker.store_device()?;
         let state = TrainerState {
             packing: adaptation.packing().map(Packing::state),
             tuning: adaptation.tuning_state(comm.ranks()),

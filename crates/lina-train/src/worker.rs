@@ -227,8 +227,16 @@ impl<'a> Worker<'a> {
         })
     }
 
+    /// Whether what it trains on has the memory for the experts of `layout`.
+    pub(crate) fn device_fits(&self, layout: &ExpertLayout) -> Result<bool, TrainError> {
+        match &self.device {
+            Some(device) => device.fits(self.config, layout, self.rank),
+            None => Ok(true),
+        }
+    }
+
     /// Takes the host's weights and moments to where it trains.
-    pub(crate) fn to_device(&mut self) -> Result<(), TrainError> {
+    pub(crate) fn load_device(&mut self) -> Result<(), TrainError> {
         match &mut self.device {
             Some(device) => device.load(&self.model, &self.optimizer),
             None => Ok(()),
@@ -236,7 +244,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Brings the host's weights and moments up to date.
-    pub(crate) fn to_host(&mut self) -> Result<(), TrainError> {
+    pub(crate) fn store_device(&mut self) -> Result<(), TrainError> {
         match &self.device {
             Some(device) => device.store(&mut self.model, &mut self.optimizer),
             None => Ok(()),

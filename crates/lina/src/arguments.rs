@@ -630,7 +630,7 @@ pub(crate) struct ServeArguments {
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArguments {
     /// Measures the ranks of a job on this engine against each other: local or, if this build has it, mpi.
-    #[arg(long, value_name = "ENGINE", value_parser = PossibleValuesParser::new(built_engines()))]
+    #[arg(long, value_name = "ENGINE", value_parser = PossibleValuesParser::new(measured_engines()))]
     pub(crate) engine: Option<String>,
     /// Number of ranks to measure [default: 4, or those that the launcher of engine mpi has started].
     #[arg(long, value_name = "N", requires = "engine")]
@@ -652,6 +652,11 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 /// Names of the devices that this build knows.
 fn built_devices() -> Vec<&'static str> {
     Device::BUILT.iter().map(|device| device.name()).collect()
+}
+
+/// Names of the engines whose ranks the doctor measures.
+fn measured_engines() -> Vec<&'static str> {
+    Engine::BUILT.iter().filter(|engine| !engine.has_gpus()).map(|engine| engine.name()).collect()
 }
 
 /// Names of the engines that this build has.

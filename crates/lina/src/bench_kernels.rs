@@ -94,9 +94,9 @@ impl KernelsSummary {
 pub(crate) fn run(arguments: BenchKernelsArguments) -> Result<(), Failure> {
     let dtype = if arguments.dtype == DType::F32.suffix() { DType::F32 } else { DType::Bf16 };
     let summary = measure(arguments.gpu, dtype, &arguments.only).map_err(|error| {
-        let lacking =
-            matches!(error, CudaError::NoLibrary { .. } | CudaError::DriverTooOld { .. } | CudaError::NoDevice { .. });
-        Failure::new(error, if lacking { 2 } else { 1 })
+        // All but a call that fails is something that is missing or does not suffice.
+        let exit_code = if matches!(error, CudaError::Call { .. }) { 1 } else { 2 };
+        Failure::new(error, exit_code)
     })?;
     Ok(output::table_or_json(arguments.output.json, arguments.output.quiet, &summary.table(), &summary)?)
 }

@@ -268,7 +268,7 @@ fn engine_named(name: &str) -> Engine {
 
 /// A launcher that loses a rank terminates the others: they stay long enough to say why.
 pub(crate) fn outlive_launcher(cluster: &ClusterConfig) -> Result<(), Failure> {
-    if cluster.engine == Engine::Mpi {
+    if cluster.engine.has_processes() {
         signals::ignore_termination()
             .map_err(|error| Failure::new(format_args!("SIGTERM cannot be listened for: {error}"), 1))?;
     }

@@ -419,6 +419,11 @@ impl Engine for MpiEngine {
     fn fail(&mut self, failure: CommError) {
         self.end(failure);
     }
+
+    fn compute_failed(&mut self, failure: CommError) {
+        self.heartbeat.fail_quietly(failure.clone());
+        self.end(failure);
+    }
 }
 
 impl Drop for MpiEngine {

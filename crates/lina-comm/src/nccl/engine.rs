@@ -12,7 +12,7 @@ use lina_cuda::cudarc::driver::sys::CUstream;
 use lina_cuda::{Buffer, CudaError, DType, Device, Event, Priority, Stream};
 
 use super::NcclConfig;
-use super::library::{Communicator, Nccl, State, UniqueId};
+use super::library::{Communicator, Nccl, PATIENCE, State, UniqueId};
 use super::staging::{Stage, write};
 use super::star::Star;
 use super::start::Started;
@@ -37,6 +37,8 @@ const DELIVERY: Duration = Duration::from_secs(2);
 const LAUNCH_TIME: usize = size_of::<u64>();
 /// Bytes of the smallest stage.
 const SMALLEST_STAGE: usize = 4096;
+/// Bytes of the largest stage that is kept for other operations, and whose size is rounded up so that it fits them.
+const LARGEST_SPARE: usize = 16 << 20;
 /// Elements of the sums with which a group's ranks are connected: NCCL has one way for small ones and one for large ones.
 const CONNECTING: [usize; 2] = [256, 1 << 20];
 /// Thread blocks of a kernel of NCCL's where ranks share a GPU: kernels of all of them have to run at the same time, or
@@ -101,9 +103,21 @@ impl Lane {
         let fitting = (0..self.stages.len()).filter(|&i| self.stages[i].capacity() >= bytes);
         match fitting.min_by_key(|&i| self.stages[i].capacity()) {
             Some(smallest) => Ok(self.stages.swap_remove(smallest)),
-            None => Stage::new(&self.stream, bytes.next_power_of_two().max(SMALLEST_STAGE)),
+            None => Stage::new(&self.stream, room(bytes)),
         }
     }
+
+    /// Takes back a stage whose operation has run.
+    fn spare(&mut self, stage: Stage) {
+        if stage.capacity() <= LARGEST_SPARE {
+            self.stages.push(stage);
+        }
+    }
+}
+
+/// Bytes of a new stage for `bytes` bytes.
+fn room(bytes: usize) -> usize {
+    if bytes > LARGEST_SPARE { bytes } else { bytes.next_power_of_two().max(SMALLEST_STAGE) }
 }
 
 /// The communicator of a set of ranks; `None` on ranks outside.
@@ -117,7 +131,7 @@ pub(super) struct NcclEngine {
     /// The moment from which all ranks count time.
     epoch: Instant,
     device: Device,
-    /// Whether other ranks have the same GPU.
+    /// Whether any ranks have the same GPU: members of a communicator must agree on what follows from it.
     shared: bool,
     nccl: &'static Nccl,
     star: Star,
@@ -144,7 +158,11 @@ pub(super) struct NcclEngine {
 }
 
 impl NcclEngine {
-    /// Makes the communicators; all ranks call it together, with the same moment as their `epoch`.
+    /// Makes the communicators; all ranks call it together, with the same moment as their `epoch`. Where another rank is
+    /// lost meanwhile, the engine says so at the first occasion.
+    ///
+    /// # Errors
+    /// What went wrong on this rank, of which the others have been told.
     pub(super) fn new(
         started: Started,
         config: &NcclConfig,
@@ -177,24 +195,36 @@ impl NcclEngine {
             heartbeat,
             members,
         };
-        if engine.ranks > 1 {
-            let all: Vec<usize> = (0..engine.ranks).collect();
-            let mut made = engine.make(&[all.clone(), all])?.into_iter();
-            engine.all_to_all = made.next().flatten();
-            engine.control = made.next().flatten();
-            engine.connect(engine.all_to_all.as_ref(), 1 + engine.ranks, |communicator, at, stream| {
-                let bytes = size_of::<f32>();
-                (0..engine.ranks).filter(|&peer| peer != engine.rank).try_for_each(|peer| {
-                    let place = at + ((1 + peer) * bytes) as u64;
-                    // SAFETY: `connect` keeps the memory.
-                    unsafe { communicator.send(at, bytes, peer, stream) }?;
-                    // SAFETY: as above.
-                    unsafe { communicator.receive(place, bytes, peer, stream) }
-                })
-            })?;
-            engine.make_groups()?;
+        if engine.ranks > 1
+            && let Err(fault) = engine.make_all()
+        {
+            engine.hear_others();
+            let failure = CommError::RankFailed { rank, reason: fault.0.clone() };
+            engine.compute_failed(failure.clone());
+            if engine.failure == Some(failure) {
+                return Err(fault);
+            }
         }
         Ok(engine)
+    }
+
+    /// Makes the communicators of all ranks, then those of the groups.
+    fn make_all(&mut self) -> Result<(), Fault> {
+        let all: Vec<usize> = (0..self.ranks).collect();
+        let mut made = self.make(&[all.clone(), all])?.into_iter();
+        self.all_to_all = made.next().flatten();
+        self.control = made.next().flatten();
+        self.connect(self.all_to_all.as_ref(), 1 + self.ranks, |communicator, at, stream| {
+            let bytes = size_of::<f32>();
+            (0..self.ranks).filter(|&peer| peer != self.rank).try_for_each(|peer| {
+                let place = at + ((1 + peer) * bytes) as u64;
+                // SAFETY: `connect` keeps the memory.
+                unsafe { communicator.send(at, bytes, peer, stream) }?;
+                // SAFETY: as above.
+                unsafe { communicator.receive(place, bytes, peer, stream) }
+            })
+        })?;
+        self.make_groups()
     }
 
     /// Makes a communicator for each of `sets`, on its members. All ranks call it together; blocks.
@@ -235,8 +265,10 @@ impl NcclEngine {
         }
         let new: Vec<Vec<usize>> =
             sets.into_iter().filter(|set| self.groups.iter().all(|(members, _)| members != set)).collect();
-        let made = self.make(&new)?;
-        for communicator in &made {
+        let (made, kept) = (self.make(&new)?, self.groups.len());
+        // A failure finds them here, to be aborted: their first operation may be under way.
+        self.groups.extend(new.into_iter().zip(made));
+        for (_, communicator) in &self.groups[kept..] {
             for elements in CONNECTING {
                 self.connect(communicator.as_ref(), elements, |communicator, at, stream| {
                     // SAFETY: `connect` keeps the memory.
@@ -244,7 +276,6 @@ impl NcclEngine {
                 })?;
             }
         }
-        self.groups.extend(new.into_iter().zip(made));
         Ok(())
     }
 
@@ -264,10 +295,15 @@ impl NcclEngine {
         communicator.settled(may_go_on)?;
         let event = Event::new(&self.device)?;
         event.record(stream)?;
+        let deadline = Instant::now() + PATIENCE;
         while !event.query()? {
             communicator.state()?;
             if !may_go_on() {
                 return Err(Fault("connecting ranks was broken off".to_owned()));
+            }
+            if Instant::now() > deadline {
+                let seconds = PATIENCE.as_secs();
+                return Err(Fault(format!("connecting ranks has not come to an end within {seconds} s")));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -502,7 +538,7 @@ impl NcclEngine {
 
     /// What an operation that has run has brought, and since when all members were there.
     fn finished(&mut self, launched: Instant, task: Task) -> Result<(Instant, Finished), Fault> {
-        let stages = &mut self.lanes[Channel::AllToAll as usize].stages;
+        let lane = &mut self.lanes[Channel::AllToAll as usize];
         let mut all_launched = launched;
         let mut note = |rank: usize, bytes: &[u8]| {
             if rank != self.rank
@@ -516,7 +552,7 @@ impl NcclEngine {
             Task::Exchange { index, exchange, times } => {
                 let others = times.host[LAUNCH_TIME..].chunks_exact(LAUNCH_TIME).take(self.ranks);
                 others.enumerate().for_each(|(rank, bytes)| note(rank, bytes));
-                stages.push(times);
+                lane.spare(times);
                 Finished::AllToAll { index, exchange: AnyExchange::Device(exchange) }
             }
             Task::HostExchange { index, mut exchange, stage, received } => {
@@ -529,14 +565,14 @@ impl NcclEngine {
                     words.iter().zip(recv.by_ref()).for_each(|(word, value)| *value = f32::from_le_bytes(*word));
                     come = rest;
                 }
-                stages.push(stage);
+                lane.spare(stage);
                 Finished::AllToAll { index, exchange: AnyExchange::Host(exchange) }
             }
             Task::Reduction(reduction) => Finished::AllReduce(reduction),
             Task::Control { stage, bytes } => {
                 let (words, _) = stage.host[..self.ranks * bytes].as_chunks::<8>();
                 let values: Vec<f64> = words.iter().map(|word| f64::from_le_bytes(*word)).collect();
-                self.lanes[Channel::Control as usize].stages.push(stage);
+                self.lanes[Channel::Control as usize].spare(stage);
                 let count = bytes / size_of::<f64>();
                 let part = |rank: usize| values[rank * count..(rank + 1) * count].to_vec();
                 let sum = sum_control((0..self.ranks).map(|rank| (rank, part(rank))));
@@ -583,11 +619,16 @@ impl NcclEngine {
 
     /// Something went wrong here, by itself or because another rank has gone.
     fn fail_here(&mut self, Fault(reason): Fault) {
+        self.hear_others();
+        self.end(CommError::RankFailed { rank: self.rank, reason });
+    }
+
+    /// Waits for the heartbeat to tell of another rank's end, as long as that may take.
+    fn hear_others(&self) {
         let deadline = Instant::now() + SECOND_OPINION;
         while self.failure.is_none() && self.heartbeat.failure().is_none() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
         }
-        self.end(CommError::RankFailed { rank: self.rank, reason });
     }
 
     /// The job is over: what is under way is given up.
@@ -700,6 +741,11 @@ impl Engine for NcclEngine {
     fn fail(&mut self, failure: CommError) {
         self.end(failure);
     }
+
+    fn compute_failed(&mut self, failure: CommError) {
+        self.heartbeat.fail_quietly(failure.clone());
+        self.end(failure);
+    }
 }
 
 impl Drop for NcclEngine {
@@ -742,6 +788,12 @@ mod tests {
     fn every_set_of_ranks_has_one_communicator() {
         let groups = [vec![0, 1, 2], vec![1], vec![0, 2], vec![0, 1, 2], vec![0, 2], vec![]];
         assert_eq!(distinct(&groups), [vec![0, 1, 2], vec![0, 2]]);
+    }
+
+    #[test]
+    fn only_small_stages_have_room_to_spare() {
+        assert_eq!([1, 5000, 9 << 20].map(room), [SMALLEST_STAGE, 8192, LARGEST_SPARE]);
+        assert_eq!([LARGEST_SPARE, LARGEST_SPARE + 1].map(room), [LARGEST_SPARE, LARGEST_SPARE + 1]);
     }
 
     #[test]

@@ -20,8 +20,8 @@ use crate::processes::Fault;
 const NEEDED: c_int = 2_18_00;
 /// File names, the one of packages without headers first.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
-/// How long a communicator may take to be made or taken apart.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a communicator may take to be made, to be used for the first time or to be taken apart.
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 /// How often it is asked meanwhile whether that still makes sense.
 const LOOK: Duration = Duration::from_millis(20);
 

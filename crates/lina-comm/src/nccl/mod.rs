@@ -119,10 +119,10 @@ pub struct NcclJob {
 impl NcclJob {
     /// Meets the other ranks and returns this rank's handle, under `rules`. Once in a process. The handle wants to know the
     /// clock of the GPU that [`device`](Self::device) names ([`Comm::set_device`]). When it is dropped it waits for the other
-    /// ranks to come as far.
+    /// ranks to come as far. Where another rank is lost after all have met, every call on the handle returns why.
     ///
     /// # Errors
-    /// The same on all ranks where the ranks do not fit together.
+    /// What goes wrong on this rank; the same on all ranks where the ranks do not fit together.
     pub fn start(config: NcclConfig, rules: PolicyRules) -> Result<(NcclJob, Comm), NcclStartError> {
         if rules.moe.route == Route::ThroughNode {
             return Err(NcclStartError::NoRelays);

@@ -25,7 +25,7 @@ const SHARING: [&str; 2] = ["NCCL_HOSTID", "NCCL_MULTI_RANK_GPU_ENABLE"];
 pub(super) struct Started {
     pub(super) rank: usize,
     pub(super) device: Device,
-    /// Whether other ranks have the same GPU.
+    /// Whether any ranks have the same GPU: the same on all ranks.
     pub(super) shared: bool,
     pub(super) nccl: &'static Nccl,
     pub(super) star: Star,
@@ -72,8 +72,7 @@ impl Started {
         let all = gather_text(&mut star, &facts, FACTS_BYTES)?;
         check(&all)?;
         let (device, nccl, _) = mine.map_err(NcclStartError::Broken)?;
-        // Alike in model and version, facts of ranks with one GPU are the same.
-        let shared = all.iter().filter(|other| **other == facts).count() > 1;
+        let shared = any_share(&all);
         Ok(Started { rank: star.rank(), device, shared, nccl, star, heartbeat, clock_offset })
     }
 }
@@ -99,6 +98,12 @@ fn equipment(local_rank: usize) -> Result<(Device, &'static Nccl, String), Strin
         facts.name
     );
     Ok((device, nccl, text))
+}
+
+/// Whether any two ranks have the same GPU, where their GPUs fit together: alike in model and version, they then have the
+/// same facts.
+fn any_share(all: &[String]) -> bool {
+    (1..all.len()).any(|rank| all[..rank].contains(&all[rank]))
 }
 
 /// Whether the ranks' GPUs fit together.
@@ -139,6 +144,8 @@ mod tests {
         let said = |all: &[String]| check(all).unwrap_err().to_string();
         assert_eq!(check(&[has("H100", 1, false), has("H100", 2, false)]), Ok(()));
         assert_eq!(check(&[has("H100", 1, true), has("H100", 1, true)]), Ok(()));
+        let [first, second] = [1, 2].map(|number| has("H100", number, true));
+        assert!(!any_share(&[first.clone(), second.clone()]) && any_share(&[first.clone(), second, first]));
         let lacks = said(&[has("H100", 1, false), "lacks\nGPU 0 is not there".to_owned()]);
         assert_eq!(lacks, "engine nccl cannot start: on rank 1, GPU 0 is not there");
         let differs = said(&[has("H100", 1, false), has("H200", 2, false)]);

@@ -161,6 +161,8 @@ struct State {
     peers: Vec<Option<Peer>>,
     progress: u64,
     failure: Option<CommError>,
+    /// The failure is of this rank's compute thread, which says so itself.
+    quiet: bool,
     /// The job has ended.
     over: bool,
 }
@@ -196,7 +198,7 @@ impl Heartbeat {
                 closed: false,
             }));
         }
-        let state = Mutex::new(State { peers, progress: 0, failure: None, over: false });
+        let state = Mutex::new(State { peers, progress: 0, failure: None, quiet: false, over: false });
         let shared = Arc::new(Shared { rank, timeout, mailbox, last_words, state });
         let watched = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(format!("lina-heart-{rank}")).spawn(move || watched.watch())?;
@@ -231,6 +233,14 @@ impl Heartbeat {
     /// Ends the job on every rank.
     pub(crate) fn fail(&self, failure: CommError) {
         self.shared.fail(&mut self.shared.lock(), failure);
+    }
+
+    /// The same for a failure of which this rank's compute thread says itself why: if it is the first, nobody else says it
+    /// here, however long the rank takes to end.
+    pub(crate) fn fail_quietly(&self, failure: CommError) {
+        let mut state = self.shared.lock();
+        state.quiet |= state.failure.is_none();
+        self.shared.fail(&mut state, failure);
     }
 
     /// This rank has done its part: when its connections close, nothing is wrong.
@@ -271,8 +281,12 @@ impl Shared {
                 self.fail(&mut state, failure);
             }
             if let Some(failure) = state.failure.clone() {
+                let quiet = state.quiet;
                 drop(state);
-                return self.see_to_the_end(&failure);
+                if !quiet {
+                    self.see_to_the_end(&failure);
+                }
+                return;
             }
             drop(state);
             std::thread::sleep(LOOK.min(beat));
@@ -448,6 +462,10 @@ mod tests {
     }
 
     fn hearts(ranks: usize, timeout: Duration) -> Vec<Heartbeat> {
+        hearts_with(ranks, timeout, None)
+    }
+
+    fn hearts_with(ranks: usize, timeout: Duration, last_words: Option<LastWords>) -> Vec<Heartbeat> {
         let meetings: Vec<Meeting> = (0..ranks).map(|_| Meeting::open().unwrap()).collect();
         let addresses: Vec<String> = meetings.iter().map(|meeting| meeting.addresses().unwrap()).collect();
         let threads: Vec<_> = (meetings.into_iter().enumerate())
@@ -455,7 +473,7 @@ mod tests {
                 let addresses = addresses.clone();
                 std::thread::spawn(move || {
                     let streams = meeting.connect(rank, 7, &addresses).unwrap();
-                    Heartbeat::start(rank, streams, timeout, Arc::new(Mailbox::new()), None).unwrap()
+                    Heartbeat::start(rank, streams, timeout, Arc::new(Mailbox::new()), last_words).unwrap()
                 })
             })
             .collect();
@@ -492,6 +510,46 @@ mod tests {
         let failure = CommError::RankFailed { rank: 1, reason: "it was told to".to_owned() };
         hearts[1].fail(failure.clone());
         assert!(hearts.iter().all(|heart| wait_for(heart) == failure));
+    }
+
+    #[test]
+    fn a_rank_that_says_itself_why_it_ends_has_no_last_words() {
+        static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+        let said = || SAID.lock().unwrap().len();
+        for (quietly, expected) in [(true, 2), (false, 3)] {
+            SAID.lock().unwrap().clear();
+            let hearts =
+                hearts_with(3, Duration::from_secs(20), Some(|error| SAID.lock().unwrap().push(error.to_string())));
+            let failure = CommError::RankFailed { rank: 1, reason: "a.txt is empty".to_owned() };
+            if quietly {
+                hearts[1].fail_quietly(failure.clone());
+            } else {
+                hearts[1].fail(failure.clone());
+            }
+            assert!(hearts.iter().all(|heart| wait_for(heart) == failure));
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while said() < expected && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            std::thread::sleep(GRACE);
+            assert_eq!(*SAID.lock().unwrap(), vec![failure.to_string(); expected]);
+        }
+    }
+
+    #[test]
+    fn what_another_rank_has_failed_of_is_said() {
+        static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+        let hearts =
+            hearts_with(2, Duration::from_secs(20), Some(|error| SAID.lock().unwrap().push(error.to_string())));
+        let failure = CommError::RankFailed { rank: 0, reason: "it was first".to_owned() };
+        hearts[0].fail(failure.clone());
+        assert_eq!(wait_for(&hearts[1]), failure);
+        hearts[1].fail_quietly(CommError::RankFailed { rank: 1, reason: "it heard of that".to_owned() });
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while SAID.lock().unwrap().len() < 2 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(*SAID.lock().unwrap(), vec![failure.to_string(); 2]);
     }
 
     #[cfg(feature = "nccl")]

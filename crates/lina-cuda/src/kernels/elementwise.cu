@@ -1,6 +1,6 @@
 // Operations on whole buffers, one pass each. `shift`: see flat_pack.
 
-template <class D, class S, u32 N> __device__ __forceinline__ void add(D* y, const S* x, u64 len, u32 shift) {
+template <class T, u32 N> __device__ __forceinline__ void accumulate(float* y, const T* x, u64 len, u32 shift) {
     flat_pack<N>(len, shift, [&](u64 first, auto count) {
         constexpr u32 M = decltype(count)::VALUE;
         auto sum = load_pack<M>(y + first);
@@ -8,16 +8,6 @@ template <class D, class S, u32 N> __device__ __forceinline__ void add(D* y, con
 #pragma unroll
         for (u32 i = 0; i < M; i++) sum.set(i, sum.get(i) + addend.get(i));
         store_pack(y + first, sum);
-    });
-}
-
-template <class T, u32 N> __device__ __forceinline__ void scale(T* x, float factor, u64 len, u32 shift) {
-    flat_pack<N>(len, shift, [&](u64 first, auto count) {
-        constexpr u32 M = decltype(count)::VALUE;
-        auto values = load_pack<M>(x + first);
-#pragma unroll
-        for (u32 i = 0; i < M; i++) values.set(i, values.get(i) * factor);
-        store_pack(x + first, values);
     });
 }
 
@@ -58,14 +48,8 @@ template <class S, class D, u32 N> __device__ __forceinline__ void cast(const S*
 }
 
 #define DEFINE(T, SUFFIX, N)                                                                                         \
-    extern "C" __global__ void add_##SUFFIX##_##N(T* y, const T* x, u64 len, u32 shift) {                            \
-        add<T, T, N>(y, x, len, shift);                                                                              \
-    }                                                                                                                \
     extern "C" __global__ void accumulate_##SUFFIX##_##N(float* y, const T* x, u64 len, u32 shift) {                 \
-        add<float, T, N>(y, x, len, shift);                                                                          \
-    }                                                                                                                \
-    extern "C" __global__ void scale_##SUFFIX##_##N(T* x, float factor, u64 len, u32 shift) {                        \
-        scale<T, N>(x, factor, len, shift);                                                                          \
+        accumulate<T, N>(y, x, len, shift);                                                                          \
     }                                                                                                                \
     extern "C" __global__ void clamp_##SUFFIX##_##N(T* x, float limit, u64 len, u32 shift) {                         \
         clamp<T, N>(x, limit, len, shift);                                                                           \

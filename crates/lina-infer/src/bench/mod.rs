@@ -89,7 +89,7 @@ pub fn bench_infer(options: &InferBenchOptions) -> Result<Option<InferBenchSumma
     let stream = read_tokens(&options.model, &model_config, &options.data)?;
     // A window's last token is what the one before it is to predict.
     let windows = EvalWindows::new(&stream, sequence_tokens + 1).map_err(InferError::input)?;
-    let weights = Arc::new(load_weights(Some(&options.model), model_config.clone(), 0)?);
+    let weights = Arc::new(load_weights(Some(&options.model), model_config.clone(), &[], 1)?);
     let tables = tables(options, &config, &schedulers, &weights)?;
     let comparison = Comparison {
         config: &config,

@@ -6,18 +6,23 @@ use lina_cuda::{Buffer as DeviceBuffer, CudaError, DType, Gpu};
 use super::pass::grow;
 
 /// Exchanges that are not under way.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct DeviceExchangePool {
+    dtype: DType,
     spare: Vec<DeviceExchange>,
 }
 
 impl DeviceExchangePool {
+    /// A pool of exchanges of elements that are stored as `dtype`.
+    pub fn new(dtype: DType) -> Self {
+        DeviceExchangePool { dtype, spare: Vec::new() }
+    }
+
     /// An exchange of rows of `width` elements. `send_rows` and `recv_rows` are per rank. It receives into `saved`, if
     /// given, which gets its buffer back from [`put`](Self::put).
     pub fn take(
         &mut self,
         gpu: &Gpu,
-        dtype: DType,
         kind: AllToAllKind,
         width: usize,
         send_rows: &[usize],
@@ -28,9 +33,9 @@ impl DeviceExchangePool {
             Some(exchange) => exchange,
             None => DeviceExchange {
                 kind,
-                send: gpu.uninit(0, dtype)?,
+                send: gpu.uninit(0, self.dtype)?,
                 send_elements: Vec::new(),
-                recv: gpu.uninit(0, dtype)?,
+                recv: gpu.uninit(0, self.dtype)?,
                 recv_elements: Vec::new(),
             },
         };

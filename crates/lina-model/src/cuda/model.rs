@@ -14,7 +14,7 @@ use super::norm::Norm;
 use super::parameters::{DeviceGradients, DeviceWeights};
 use super::pass::{BackwardStream, DeviceBatch, Pass, attention_plan};
 use crate::batch::{Batch, ForwardOutput, LoadedBatch, StepContext, StepError};
-use crate::config::{ModelConfig, PositionKind};
+use crate::config::{ModelConfig, PositionKind, QkNorm};
 use crate::decoder::{ModelLimits, check_model};
 use crate::moe::LayerRouting;
 use crate::params::{ParameterLayout, Parameters};
@@ -79,6 +79,7 @@ impl CudaModel {
         limits: ModelLimits,
     ) -> Result<Self, StepError> {
         check_model(&config, &experts, rank, &limits)?;
+        check_sizes(&config)?;
         let layout = ParameterLayout::new(&config, experts.held_by(rank));
         let max_tokens = limits.max_tokens;
         let rows_limit = limits.max_expert_rows.unwrap_or(usize::MAX);
@@ -202,6 +203,9 @@ impl CudaModel {
         let (old, rank) = (&self.experts, self.moe.rank());
         assert_eq!((old.ranks(), old.experts()), (experts.ranks(), experts.experts()), "ranks and experts stay");
         self.layout = ParameterLayout::new(&self.config, experts.held_by(rank));
+        // The old ones first: both may not fit.
+        self.weights = DeviceWeights::none(&self.gpu, self.dtype)?;
+        self.gradients = DeviceGradients::none(&self.gpu)?;
         self.weights = DeviceWeights::zeros(&self.gpu, &self.layout, self.dtype)?;
         self.gradients = DeviceGradients::zeros(&self.gpu, &self.layout)?;
         self.moe.set_layout(&experts);
@@ -406,6 +410,18 @@ impl CudaModel {
         }
         embedding_backward(&mut pass, &mut gradients.dense, &stream)
     }
+}
+
+/// Whether kernels take the model's sizes.
+fn check_sizes(config: &ModelConfig) -> Result<(), CudaError> {
+    if config.moe_layers() > 0 {
+        cuda::check_routing(config.experts, config.top_k)?;
+    }
+    cuda::check_norm_width(config.hidden)?;
+    if config.qk_norm == QkNorm::WholeProjection {
+        cuda::check_norm_width(config.query_width().max(config.key_width()))?;
+    }
+    Ok(())
 }
 
 /// Gradients of the embeddings; hands them over.

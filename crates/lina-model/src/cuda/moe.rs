@@ -114,7 +114,7 @@ impl MoeShared {
             rows_limit,
             groups: (0..config.experts).map(|expert| layout.group(expert)).collect(),
             ffn: FfnScratch::new(gpu, dtype)?,
-            exchanges: DeviceExchangePool::default(),
+            exchanges: DeviceExchangePool::new(dtype),
             host_exchanges: ExchangePool::default(),
             counts: empty(DType::U32)?,
             counts_on_host: Vec::new(),

@@ -45,6 +45,11 @@ pub struct DeviceWeights {
 pub type Updated<'a> = (SliceMut<'a>, Option<SliceMut<'a>>);
 
 impl DeviceWeights {
+    /// No parameters.
+    pub(crate) fn none(gpu: &Gpu, dtype: DType) -> Result<Self, CudaError> {
+        Ok(DeviceWeights { dense: Flat::zeros(gpu, 0, dtype)?, experts: Flat::zeros(gpu, 0, dtype)? })
+    }
+
     pub(crate) fn zeros(gpu: &Gpu, layout: &ParameterLayout, dtype: DType) -> Result<Self, CudaError> {
         Ok(DeviceWeights {
             dense: Flat::zeros(gpu, layout.dense_len(), dtype)?,
@@ -98,6 +103,12 @@ pub struct DeviceGradients {
 }
 
 impl DeviceGradients {
+    /// No gradients.
+    pub(crate) fn none(gpu: &Gpu) -> Result<Self, CudaError> {
+        let empty = || gpu.zeros(0, DType::F32).map(SharedBuffer::on_device);
+        Ok(DeviceGradients { dense: empty()?, experts: empty()? })
+    }
+
     pub(crate) fn zeros(gpu: &Gpu, layout: &ParameterLayout) -> Result<Self, CudaError> {
         Ok(DeviceGradients {
             dense: SharedBuffer::on_device(gpu.zeros(layout.dense_len(), DType::F32)?),

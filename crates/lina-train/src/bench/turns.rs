@@ -79,8 +79,7 @@ impl BenchPlan {
         let mut step = first_step;
         let candidates = &self.candidates.all;
         let turns = self.rounds * candidates.len();
-        let start = |comm: &mut Comm| self.packing.as_ref().map(|plan| plan.start(comm, first_step)).transpose();
-        let ladder = start(comm)?;
+        let ladder = self.packing.as_ref().map(|plan| plan.start(worker, comm, first_step)).transpose()?;
         let adaptation = |Candidate { schedule, policy }: &Candidate| {
             let config = RunConfig { policy: *policy, ..config.clone() };
             Adaptation::new(&config, schedule.policy, ladder.clone().filter(|_| schedule.packing), None)

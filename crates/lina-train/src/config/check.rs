@@ -30,6 +30,8 @@ const MAX_JOB_THREADS: usize = 4096;
 const MAX_MICRO_BATCH_TOKENS: usize = 1 << 30;
 const MAX_BYTES: usize = 1 << 40;
 const MAX_CHUNKS: usize = 1024;
+/// What one launch of the kernels that place rows takes.
+const MAX_DEVICE_CHUNKS: usize = 128;
 const MAX_ROUNDS: usize = 10_000;
 /// A day.
 const MAX_TIMEOUT_S: f64 = 86_400.0;
@@ -43,6 +45,9 @@ pub(super) fn check(config: &RunConfig) -> Check {
     within("policy.bucket_bytes", policy.bucket_bytes, 1..=MAX_BYTES)?;
     within("policy.partition_bytes", policy.partition_bytes, 1..=MAX_BYTES)?;
     within("policy.pipeline_chunks", policy.pipeline_chunks, 1..=MAX_CHUNKS)?;
+    if config.cluster.engine.has_gpus() {
+        within("policy.pipeline_chunks", policy.pipeline_chunks, 1..=MAX_DEVICE_CHUNKS)?;
+    }
     if policy.hierarchical_all_to_all && config.cluster.engine == Engine::Nccl {
         return problem(
             "policy.hierarchical_all_to_all",

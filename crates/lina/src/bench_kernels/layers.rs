@@ -172,8 +172,6 @@ fn elementwise(meter: &mut Meter<'_>) -> Result<(), CudaError> {
     meter.measure("elementwise", "copy_columns, half of them", size(), Work::Bytes(bytes), || {
         gpu.copy_columns(x.whole(), y.whole_mut(), HIDDEN, columns.clone())
     })?;
-    meter.measure("elementwise", "add", size(), Work::Bytes(3 * bytes), || add(gpu, y.whole_mut(), x.whole()))?;
-    meter.measure("elementwise", "scale", size(), Work::Bytes(2 * bytes), || scale(gpu, y.whole_mut(), 0.5))?;
     meter.measure("elementwise", "clamp", size(), Work::Bytes(2 * bytes), || clamp(gpu, y.whole_mut(), 0.5))?;
     meter.measure("elementwise", "clamp_backward", size(), Work::Bytes(3 * bytes), || {
         clamp_backward(gpu, x.whole(), 0.5, y.whole_mut())

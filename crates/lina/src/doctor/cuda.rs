@@ -222,7 +222,8 @@ mod loaded {
             Ok(version) => (Some(version), None),
             Err(CudaError::NoLibrary { .. }) => {
                 let Library { path, problem, .. } = file(installed, name);
-                let elsewhere = path.map(|path| format!("{} is not on LD_LIBRARY_PATH", path.display()));
+                let elsewhere =
+                    path.map(|path| format!("{} cannot be loaded, is its folder on LD_LIBRARY_PATH?", path.display()));
                 (None, elsewhere.or(problem))
             }
             Err(error) => (None, Some(error.to_string())),

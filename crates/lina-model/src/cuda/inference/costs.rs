@@ -66,11 +66,11 @@ fn row_ns(gpu: &Gpu, shape: ExpertShape, slots: &ExpertSlots, dtype: DType) -> R
 }
 
 fn wire_row_ns(comm: &mut Comm, gpu: &Gpu, width: usize, dtype: DType, route: RowRoute) -> Result<f64, StepError> {
-    let (mut exchanges, ranks) = (RowExchanges::new(route), comm.ranks());
+    let (mut exchanges, ranks) = (RowExchanges::new(route, dtype), comm.ranks());
     let rows = vec![ROWS.div_ceil(ranks); ranks];
     let mut rounds = Vec::with_capacity(ROUNDS);
     for _ in 0..ROUNDS {
-        let exchange = exchanges.take(gpu, dtype, kind(Leg::Requests, 0), width, &rows, &rows)?;
+        let exchange = exchanges.take(gpu, kind(Leg::Requests, 0), width, &rows, &rows)?;
         // All ranks begin the exchange together.
         comm.sum(&mut [0.0])?;
         gpu.synchronize()?;

@@ -33,8 +33,9 @@ pub(super) enum Travelling {
 }
 
 impl RowExchanges {
-    pub fn new(route: RowRoute) -> Self {
-        RowExchanges { route, devices: DeviceExchangePool::default(), hosts: ExchangePool::default() }
+    /// Exchanges of rows that are stored as `dtype`.
+    pub fn new(route: RowRoute, dtype: DType) -> Self {
+        RowExchanges { route, devices: DeviceExchangePool::new(dtype), hosts: ExchangePool::default() }
     }
 
     /// For exchanges of counts, which are the host's on every route.
@@ -46,13 +47,12 @@ impl RowExchanges {
     pub fn take(
         &mut self,
         gpu: &Gpu,
-        dtype: DType,
         kind: AllToAllKind,
         width: usize,
         send_rows: &[usize],
         recv_rows: &[usize],
     ) -> Result<DeviceExchange, CudaError> {
-        self.devices.take(gpu, dtype, kind, width, send_rows, recv_rows, None)
+        self.devices.take(gpu, kind, width, send_rows, recv_rows, None)
     }
 
     /// Sends what has been enqueued to fill the exchange.

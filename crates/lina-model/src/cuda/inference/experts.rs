@@ -12,9 +12,6 @@ use crate::batch::StepError;
 use crate::inference::InferenceWeights;
 use crate::inference::slot_copies::{Overwrite, SlotCopies};
 
-/// Elements that are converted at a time.
-const PIECE: usize = 1 << 20;
-
 /// All experts of a model in pinned host memory, stored as slots are.
 #[derive(Debug)]
 pub(super) struct PinnedExperts {
@@ -30,15 +27,9 @@ impl PinnedExperts {
         let expert_bytes = weights.layout().expert_elements() * dtype.bytes();
         let layer_bytes = config.experts * expert_bytes;
         let mut memory = PinnedBuffer::zeros(gpu.device(), config.moe_layers() * layer_bytes)?;
-        let mut encoded = Vec::with_capacity(PIECE * dtype.bytes());
         for number in 0..config.moe_layers() {
-            let mut start = number * layer_bytes;
-            for values in weights.layer_experts(config.moe_layer(number)).chunks(PIECE) {
-                encoded.clear();
-                f32::encode(values, dtype, &mut encoded);
-                memory[start..start + encoded.len()].copy_from_slice(&encoded);
-                start += encoded.len();
-            }
+            let values = weights.layer_experts(config.moe_layer(number));
+            f32::encode(values, dtype, &mut memory[number * layer_bytes..(number + 1) * layer_bytes]);
         }
         Ok(PinnedExperts { memory: Arc::new(memory), experts: config.experts, expert_bytes })
     }

@@ -20,8 +20,8 @@ use lina_comm::{Comm, WorkKind};
 use lina_cuda::{
     self as cuda, Addend, Buffer as DeviceBuffer, CudaError, DType, Gpu, Mat, MatMut, PagedPlan, RotaryTable, matmul,
 };
-use lina_kernels::{Compute, PagedSequence, PagedShape, page_elements};
-use lina_plan::{ExpertScheduler, PlacementError};
+use lina_kernels::{Compute, PAGE_TOKENS, PagedSequence, PagedShape, page_elements};
+use lina_plan::{ExpertScheduler, ExpertSchedulerSettings, PlacementError, PlacementPolicy};
 use thiserror::Error;
 
 use super::pass::grow;
@@ -29,8 +29,8 @@ use crate::batch::{LoadedBatch, StepError};
 use crate::config::{ModelConfig, PositionKind};
 use crate::inference::director::{ExpertDirector, Forecast};
 use crate::inference::{
-    ExpertOptions, Gate, InferenceBatch, InferenceLimits, InferenceStats, InferenceWeights, KvCache, RoutingRecord,
-    load_feeds, paged_sequences, visible_pairs,
+    ExpertOptions, Gate, InferenceBatch, InferenceLimits, InferenceStats, InferenceWeights, KvCache, LogitsOf,
+    RoutingRecord, SequenceFeed, load_feeds, paged_sequences, visible_pairs,
 };
 use crate::pass::product_flops;
 
@@ -92,6 +92,8 @@ pub struct CudaInferenceModel {
     ffn: DenseFfn,
     moe: Moe,
     director: Option<ExpertDirector<DeviceExperts>>,
+    /// What the director's brain was told.
+    scheduler: ExpertSchedulerSettings,
     gate: Gate,
     /// Every how many tokens are computed again, and with what.
     verify: Option<(u64, Compute)>,
@@ -131,12 +133,12 @@ impl CudaInferenceModel {
             }
             PositionKind::Learned => None,
         };
-        let ExpertOptions { scheduler, forecast, planning_flops, verify_every } = experts;
+        let ExpertOptions { scheduler: settings, forecast, planning_flops, verify_every } = experts;
         let asks_next_gate = matches!(forecast, Forecast::NextGate);
         let director = match config.moe_layers() {
             0 => None,
             layers => {
-                let scheduler = ExpertScheduler::new(scheduler, layers, config.experts, ranks)?;
+                let scheduler = ExpertScheduler::new(settings, layers, config.experts, ranks)?;
                 let copies = DeviceExperts::new(&gpu, &weights, &scheduler, rank, dtype, shared)?;
                 let bytes = (weights.layout().expert_elements() * dtype.bytes()) as u64;
                 Some(ExpertDirector::new(config, scheduler, forecast, planning_flops, bytes, ranks, copies))
@@ -160,6 +162,7 @@ impl CudaInferenceModel {
             ffn: DenseFfn::new(&gpu, config, dtype, max_tokens)?,
             moe: Moe::new(&gpu, config, dtype, max_tokens, route, asks_next_gate)?,
             director,
+            scheduler: settings,
             gate: Gate::Own,
             verify: verify_every.map(|every| (every, Compute::new(1))),
             x: stream()?,
@@ -217,7 +220,8 @@ impl CudaInferenceModel {
         self.record.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
-    /// What placements came to since the last call.
+    /// What placements came to since the last call. Times in layers, and of a next gate, are not among it: the host enqueues them
+    /// long before they run.
     pub fn take_stats(&mut self) -> InferenceStats {
         self.director.as_mut().map(|director| director.stats.take()).unwrap_or_default()
     }
@@ -236,6 +240,40 @@ impl CudaInferenceModel {
     /// As [`logits`](Self::logits), to change.
     pub fn logits_mut(&mut self) -> &mut [f32] {
         &mut self.logits_on_host
+    }
+
+    /// Runs a step of as many tokens as the limits allow and forgets it, so that libraries, kernels and buffers are there before
+    /// anybody asks for a token. All ranks call it together, before their first step.
+    ///
+    /// # Errors
+    /// If a kernel does not compile, memory does not suffice, the device fails or the job does.
+    pub fn warm_up(&mut self, comm: &mut Comm) -> Result<(), StepError> {
+        let (InferenceLimits { max_tokens, pages, .. }, weights) = (self.limits, Arc::clone(&self.weights));
+        let config = weights.config();
+        // Every sequence has a page, and may want one row.
+        let rows = max_tokens.min(pages);
+        grow(&self.gpu, &mut self.last, rows * config.hidden)?;
+        grow(&self.gpu, &mut self.logits, rows * config.vocab)?;
+        let verify = self.verify.take();
+        let outcome = match self.director.take() {
+            None => self.longest_step(comm),
+            // Who places experts learns nothing from made-up tokens: another one leaves them where they are.
+            Some(mut director) => {
+                let settings = ExpertSchedulerSettings { placement: PlacementPolicy::Static, ..self.scheduler };
+                let (layers, ranks) = (config.moe_layers(), comm.ranks());
+                let scheduler = ExpertScheduler::new(settings, layers, config.experts, ranks);
+                let scheduler = scheduler.expect("experts fit the slots, as they do already");
+                let copies = director.copies;
+                let still = ExpertDirector::new(config, scheduler, Forecast::None, 0, 0, ranks, copies);
+                self.director = Some(still);
+                let outcome = self.longest_step(comm);
+                director.copies = self.director.take().expect("it was put there").copies;
+                self.director = Some(director);
+                outcome
+            }
+        };
+        self.verify = verify;
+        outcome
     }
 
     /// Runs a step, and waits for its logits. All ranks call it together.
@@ -306,16 +344,44 @@ impl CudaInferenceModel {
         let gpu = &*gpu;
         let mut step = Step { gpu, dtype: *dtype, config, layout, dense, tokens, comm };
         step.work(WorkKind::Head, None, product_flops(rows, vocab, hidden))?;
-        let wanted = self.numbers_on_device.slice(2 * tokens..2 * tokens + rows);
-        let x = self.x.slice(0..tokens * hidden);
-        cuda::gather_rows(gpu, x, hidden, wanted, last.slice_mut(0..rows * hidden))?;
-        norm.forward(&step, &layout.final_norm, last.slice(0..rows * hidden))?;
+        let mut x = self.x.slice(0..tokens * hidden);
+        // Rows are wanted in order: as many as there are tokens are all of them.
+        if rows < tokens {
+            let wanted = self.numbers_on_device.slice(2 * tokens..2 * tokens + rows);
+            cuda::gather_rows(gpu, x, hidden, wanted, last.slice_mut(0..rows * hidden))?;
+            x = last.slice(0..rows * hidden);
+        }
+        norm.forward(&step, &layout.final_norm, x)?;
         let normed = Mat::new(norm.output(rows), rows, hidden);
         let weight = Mat::new(dense.matrix(&layout.lm_head), vocab, hidden);
         let product = MatMut::new(logits.slice_mut(0..rows * vocab), rows, vocab);
         matmul(gpu, product, normed, weight.t(), Addend::None)?;
         self.logits_on_host.resize(rows * vocab, 0.0);
         gpu.download(logits.slice(0..rows * vocab), &mut self.logits_on_host)?;
+        Ok(())
+    }
+
+    /// A step of tokens of its own making, of sequences as long as can be.
+    fn longest_step(&mut self, comm: &mut Comm) -> Result<(), StepError> {
+        let InferenceLimits { max_tokens, max_sequence_tokens, .. } = self.limits;
+        // A stride that shares no factor with usual sizes of vocabularies visits many tokens.
+        let text: Vec<u32> = (0..max_tokens).map(|token| (token * 7919 % self.config().vocab) as u32).collect();
+        let mut feeds = Vec::new();
+        let mut rest = text.as_slice();
+        while !rest.is_empty() && self.cache.free_pages() > 0 {
+            let room = max_sequence_tokens.min(self.cache.free_pages() * PAGE_TOKENS);
+            let (tokens, others) = rest.split_at(rest.len().min(room));
+            let id = feeds.len() as u32;
+            self.cache.admit(id, KvCache::pages_for(tokens.len()));
+            feeds.push(SequenceFeed { id, tokens, logits: LogitsOf::Last });
+            rest = others;
+        }
+        comm.begin_evaluation(0)?;
+        self.forward(comm, InferenceBatch { feeds: &feeds, ..InferenceBatch::default() })?;
+        // No rank goes on before all have come so far.
+        comm.sum(&mut [0.0])?;
+        comm.end_step();
+        feeds.iter().for_each(|feed| self.cache.release(feed.id));
         Ok(())
     }
 

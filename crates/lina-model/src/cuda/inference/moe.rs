@@ -1,8 +1,6 @@
 //! The MoE layer of a step on a device, in the order of [`inference::moe`](crate::inference::moe): the gate's choices come to
 //! the host, which decides with the brain where rows go, and tells the device.
 
-use std::time::Instant;
-
 use lina_comm::{Leg, WorkKind};
 use lina_cuda::{
     self as cuda, Addend, Buffer as DeviceBuffer, CudaError, DType, Gpu, Mat, MatMut, Slice, SliceMut, matmul,
@@ -148,7 +146,7 @@ impl Moe {
             projected: rows()?,
             units: rows()?,
             returned: rows()?,
-            exchanges: RowExchanges::new(route),
+            exchanges: RowExchanges::new(route, dtype),
         })
     }
 
@@ -162,7 +160,6 @@ impl Moe {
         mut y: SliceMut<'_>,
     ) -> Result<(), StepError> {
         let (config, gpu, hidden) = (step.config, step.gpu, step.config.hidden);
-        let begun = step.comm.now();
         self.route(step, director, layer, x)?;
         self.counts.clear();
         self.counts.resize(config.experts, 0);
@@ -190,7 +187,6 @@ impl Moe {
         let position = self.places_on_device.slice(0..choices);
         let returned = self.returned.slice(0..sent * hidden);
         cuda::combine_rows(gpu, returned, hidden, position, self.gate.weight.slice(0..choices), x, y.reborrow())?;
-        director.layer_done(step.comm.now() - begun);
         self.verify(step, layer, x, y.as_slice())
     }
 
@@ -215,11 +211,9 @@ impl Moe {
         if let Some(next_gate) = &mut self.next_gate
             && director.asks_next_gate(layer.number)
         {
-            let begun = Instant::now();
             step.work(WorkKind::Router, Some(layer.layer), flops)?;
             next_gate.choose(step, config.moe_layer(layer.number + 1), x)?;
             next_gate.chosen(gpu, choices, &mut self.next_index)?;
-            director.stats.estimating += begun.elapsed();
         }
         self.gate.chosen(gpu, choices, &mut self.index)?;
         layer.gate.force(layer.number, layer.token_offset, config, &mut self.index);
@@ -269,12 +263,12 @@ impl Moe {
         director: &mut ExpertDirector<DeviceExperts>,
         layer: &MoeLayer<'_>,
     ) -> Result<(), StepError> {
-        let (gpu, dtype, hidden) = (step.gpu, step.dtype, step.config.hidden);
+        let (gpu, hidden) = (step.gpu, step.config.hidden);
         let (choices, rows, sent) = (self.index.len(), self.plan.rows(), self.plan.chunk.sent.len());
         step.work(WorkKind::Permute, Some(layer.layer), 0)?;
         let chunk = &self.plan.chunk;
         let dispatch = kind(Leg::Dispatch, layer.layer);
-        let mut exchange = self.exchanges.take(gpu, dtype, dispatch, hidden, &chunk.send_rows, &chunk.recv_rows)?;
+        let mut exchange = self.exchanges.take(gpu, dispatch, hidden, &chunk.send_rows, &chunk.recv_rows)?;
         let token_of_row = self.places_on_device.slice(choices..choices + sent);
         let send = exchange.send.slice_mut(0..sent * hidden);
         cuda::gather_rows(gpu, self.gate.norm.output(step.tokens), hidden, token_of_row, send)?;
@@ -292,7 +286,7 @@ impl Moe {
         step.work(WorkKind::ExpertFfn, Some(layer.layer), self.shape.flops(rows))?;
         let chunk = &self.plan.chunk;
         let combine = kind(Leg::Combine, layer.layer);
-        let mut exchange = self.exchanges.take(gpu, dtype, combine, hidden, &chunk.recv_rows, &chunk.send_rows)?;
+        let mut exchange = self.exchanges.take(gpu, combine, hidden, &chunk.recv_rows, &chunk.send_rows)?;
         let network = Network { gpu, shape: self.shape, chunk, inputs: self.inputs.whole() };
         let (projected, units) = (self.projected.whole_mut(), self.units.whole_mut());
         network.run(director, layer.number, projected, units, exchange.send.whole_mut())?;

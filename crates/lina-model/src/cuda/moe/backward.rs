@@ -29,12 +29,11 @@ impl Moe {
         grow(gpu, &mut shared.ffn.hidden, rows * shape.inner)?;
         grow(gpu, &mut shared.ffn.grad_hidden, rows * shape.inner)?;
         grow(gpu, &mut shared.ffn.grad_projected, rows * shape.input_width)?;
-        let experts = Experts { gpu, shape, weights: weights.experts(pass.layout.layer_experts(self.layer)) };
         if pass.comm.ranks() == 1 {
             cover(pass, gradients)?;
-            self.backward_here(pass, shared, weights, &experts, gradients, stream)?;
+            self.backward_here(pass, shared, weights, gradients, stream)?;
         } else {
-            self.backward_exchanged(pass, shared, weights, &experts, gradients, stream, cover)?;
+            self.backward_exchanged(pass, shared, weights, gradients, stream, cover)?;
         }
         pass.work(WorkKind::Router, Some(self.layer), 0)?;
         let places = &pass.layout.layers[self.layer].feed_forward;
@@ -43,17 +42,23 @@ impl Moe {
         Ok(())
     }
 
+    /// The rank's experts of this layer.
+    fn experts<'a>(&self, pass: &Pass<'a>, shared: &MoeShared, weights: &'a DeviceWeights) -> Experts<'a> {
+        let weights = weights.experts(pass.layout.layer_experts(self.layer));
+        Experts { gpu: pass.gpu, shape: shared.shape, weights }
+    }
+
     fn backward_here(
         &mut self,
         pass: &mut Pass<'_>,
         shared: &mut MoeShared,
         weights: &DeviceWeights,
-        experts: &Experts<'_>,
         gradients: &mut DeviceGradients,
         stream: &mut BackwardStream<'_>,
     ) -> Result<(), StepError> {
         let (gpu, width, choices) = (pass.gpu, pass.config.hidden, pass.tokens() * pass.config.top_k);
         let elements = self.plan.rows() * width;
+        let experts = self.experts(pass, shared, weights);
         grow(gpu, &mut shared.grad_inputs, elements)?;
 
         pass.work(WorkKind::Permute, Some(self.layer), 0)?;
@@ -73,7 +78,7 @@ impl Moe {
         pass.work(WorkKind::ExpertFfn, Some(self.layer), shared.shape.flops(chunk.received()))?;
         let MoeShared { ffn, grad_outputs, grad_inputs, .. } = shared;
         experts.backward(chunk, self.projected.whole_mut(), grad_outputs.whole(), ffn, grad_inputs.whole_mut())?;
-        self.weight_gradients(pass, shared, experts, gradients)?;
+        self.weight_gradients(pass, shared, &experts, gradients)?;
 
         pass.work(WorkKind::Permute, Some(self.layer), 0)?;
         let grad_inputs = shared.grad_inputs.slice(0..elements);
@@ -87,12 +92,11 @@ impl Moe {
         pass: &mut Pass<'_>,
         shared: &mut MoeShared,
         weights: &DeviceWeights,
-        experts: &Experts<'_>,
         gradients: &mut DeviceGradients,
         stream: &mut BackwardStream<'_>,
         cover: impl FnOnce(&mut Pass<'_>, &mut DeviceGradients) -> Result<(), StepError>,
     ) -> Result<(), StepError> {
-        let (gpu, dtype) = (pass.gpu, pass.dtype);
+        let (gpu, dtype, experts) = (pass.gpu, pass.dtype, self.experts(pass, shared, weights));
         let (width, top_k) = (pass.config.hidden, pass.config.top_k);
         let order = pass.comm.moe_shape().weight_gradients;
         let steps = Steps { direction: Direction::Backward, layer: self.layer, chunks: self.plan.chunks.len() };
@@ -101,8 +105,7 @@ impl Moe {
         for (number, chunk) in self.plan.chunks.iter().enumerate() {
             pass.work(WorkKind::Permute, Some(self.layer), 0)?;
             let kind = steps.kind(Leg::Combine, number);
-            let mut exchange =
-                shared.exchanges.take(gpu, dtype, kind, width, &chunk.send_rows, &chunk.recv_rows, None)?;
+            let mut exchange = shared.exchanges.take(gpu, kind, width, &chunk.send_rows, &chunk.recv_rows, None)?;
             let elements = chunk.sent.len() * width;
             let choices = chunk.tokens.start * top_k..chunk.tokens.end * top_k;
             cuda::combine_backward(
@@ -131,18 +134,17 @@ impl Moe {
             received?;
             pass.work(WorkKind::ExpertFfn, Some(self.layer), shared.shape.flops(chunk.received()))?;
             let kind = steps.kind(Leg::Dispatch, number);
-            let mut exchange =
-                shared.exchanges.take(gpu, dtype, kind, width, &chunk.recv_rows, &chunk.send_rows, None)?;
+            let mut exchange = shared.exchanges.take(gpu, kind, width, &chunk.recv_rows, &chunk.send_rows, None)?;
             let MoeShared { ffn, grad_outputs, .. } = &mut *shared;
             let grad_inputs = exchange.send.whole_mut();
             experts.backward(chunk, self.projected.whole_mut(), grad_outputs.whole(), ffn, grad_inputs)?;
             if number + 1 == steps.chunks && order == WeightGradients::BeforeSend {
-                self.weight_gradients(pass, shared, experts, gradients)?;
+                self.weight_gradients(pass, shared, &experts, gradients)?;
             }
             dispatches.push(pass.comm.all_to_all_on_device(exchange)?);
         }
         if order == WeightGradients::AfterSend {
-            self.weight_gradients(pass, shared, experts, gradients)?;
+            self.weight_gradients(pass, shared, &experts, gradients)?;
         }
 
         for (number, ticket) in dispatches.into_iter().enumerate() {

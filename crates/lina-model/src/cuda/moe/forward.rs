@@ -189,7 +189,7 @@ impl Moe {
         x: Slice<'_>,
         mut y: SliceMut<'_>,
     ) -> Result<(), StepError> {
-        let (gpu, dtype) = (pass.gpu, pass.dtype);
+        let gpu = pass.gpu;
         let (width, top_k, tokens) = (pass.config.hidden, pass.config.top_k, pass.tokens());
         let steps = Steps { direction: Direction::Forward, layer: self.layer, chunks: self.plan.chunks.len() };
 
@@ -197,8 +197,7 @@ impl Moe {
         for (number, chunk) in self.plan.chunks.iter().enumerate() {
             pass.work(WorkKind::Permute, Some(self.layer), 0)?;
             let kind = steps.kind(Leg::Dispatch, number);
-            let mut exchange =
-                shared.exchanges.take(gpu, dtype, kind, width, &chunk.send_rows, &chunk.recv_rows, None)?;
+            let mut exchange = shared.exchanges.take(gpu, kind, width, &chunk.send_rows, &chunk.recv_rows, None)?;
             let index = self.token_of_row.slice(chunk.sent.clone());
             let send = exchange.send.slice_mut(0..index.len() * width);
             cuda::gather_rows(gpu, self.norm.output(tokens), width, index, send)?;
@@ -212,8 +211,7 @@ impl Moe {
             pass.work(WorkKind::ExpertFfn, Some(self.layer), experts.shape.flops(chunk.received()))?;
             let kind = steps.kind(Leg::Combine, number);
             let saved = Some(&mut self.returned[number]);
-            let mut exchange =
-                shared.exchanges.take(gpu, dtype, kind, width, &chunk.recv_rows, &chunk.send_rows, saved)?;
+            let mut exchange = shared.exchanges.take(gpu, kind, width, &chunk.recv_rows, &chunk.send_rows, saved)?;
             experts.forward(
                 chunk,
                 self.inputs.whole(),
