@@ -1,9 +1,9 @@
 //! The decoder on a GPU: transformers' fixtures in f32, and every family's switches against the processor, in f32 and bf16.
 //! Skipped where there is no GPU.
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+mod common;
 
+use common::{folders, tensors};
 use lina_comm::{Comm, DeviceClock};
 use lina_cuda::testing::{gpu, random, relative_error};
 use lina_cuda::{DType, Gpu};
@@ -13,35 +13,6 @@ use lina_model::{
     Parameters, Sizes, StepContext,
 };
 use lina_plan::ExpertLayout;
-use safetensors::{Dtype, SafeTensors};
-
-/// Tensors of a file as `f32` (or, for integers, their values as `f32`).
-fn tensors(path: &Path) -> HashMap<String, Vec<f32>> {
-    let bytes = std::fs::read(path).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let values = |name: &str| {
-        let tensor = file.tensor(name).unwrap();
-        match tensor.dtype() {
-            Dtype::I64 => tensor.data().as_chunks().0.iter().map(|&b| i64::from_le_bytes(b) as f32).collect(),
-            Dtype::F32 => tensor.data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-            other => panic!("{name}: {other:?}"),
-        }
-    };
-    file.names().into_iter().map(|name| (name.to_string(), values(name))).collect()
-}
-
-fn folders() -> Vec<PathBuf> {
-    let root = std::env::var_os("LINA_FIXTURES")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hf"), PathBuf::from);
-    let mut folders: Vec<PathBuf> = std::fs::read_dir(&root)
-        .unwrap_or_else(|error| panic!("{}: {error}", root.display()))
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.join("expected.safetensors").exists())
-        .collect();
-    folders.sort();
-    assert!(!folders.is_empty(), "no fixtures in {}", root.display());
-    folders
-}
 
 /// A model of one rank with the parameters that `fill` gives, and its handle.
 fn on_gpu(

@@ -1,42 +1,15 @@
 //! Against transformers: logits, loss and the gradient of every parameter of each folder under `$LINA_FIXTURES`, by
 //! default the ones beside this file.
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+mod common;
 
+use std::path::Path;
+
+use common::{folders, tensors};
 use lina_comm::Comm;
 use lina_kernels::Compute;
 use lina_model::{Batch, Checkpoint, Model, ModelConfig, ModelLimits, StepContext};
 use lina_plan::ExpertLayout;
-use safetensors::{Dtype, SafeTensors};
-
-/// Tensors of a file as `f32` (or, for integers, their values as `f32`).
-fn tensors(path: &Path) -> HashMap<String, Vec<f32>> {
-    let bytes = std::fs::read(path).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let values = |name: &str| {
-        let tensor = file.tensor(name).unwrap();
-        match tensor.dtype() {
-            Dtype::I64 => tensor.data().as_chunks().0.iter().map(|&b| i64::from_le_bytes(b) as f32).collect(),
-            Dtype::F32 => tensor.data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-            other => panic!("{name}: {other:?}"),
-        }
-    };
-    file.names().into_iter().map(|name| (name.to_string(), values(name))).collect()
-}
-
-fn folders() -> Vec<PathBuf> {
-    let root = std::env::var_os("LINA_FIXTURES")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hf"), PathBuf::from);
-    let mut folders: Vec<PathBuf> = std::fs::read_dir(&root)
-        .unwrap_or_else(|error| panic!("{}: {error}", root.display()))
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.join("expected.safetensors").exists())
-        .collect();
-    folders.sort();
-    assert!(!folders.is_empty(), "no fixtures in {}", root.display());
-    folders
-}
 
 fn largest_difference(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());

@@ -60,7 +60,7 @@ fn a_hundred_steps_follow_the_processors() {
     let processor = run(&[], None);
     let first = processor.losses()[0];
     assert!(processor.losses()[99] < 0.7 * first, "the run learns");
-    for (dtype, tolerance) in [("float32", 1e-2), ("bfloat16", 3e-2)] {
+    for (dtype, tolerance) in [("float32", 1e-2), ("bfloat16", 5e-2)] {
         let gpu = run(&[GPU, &format!("train.dtype={dtype}")], None);
         let (difference, step) = apart(&processor, &gpu);
         println!("{dtype}: losses within {difference:.1e} (step {step}), last {:.4}", gpu.losses()[99]);

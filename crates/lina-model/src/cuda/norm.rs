@@ -44,15 +44,26 @@ impl Norm {
         weights: &DeviceWeights,
         x: Slice<'_>,
     ) -> Result<(), CudaError> {
-        let (tokens, epsilon) = (pass.tokens(), pass.config.norm_epsilon);
+        let vectors = (weights.vector(&place.weight), place.bias.as_ref().map(|bias| weights.vector(bias)));
+        self.normalise(pass.gpu, vectors, pass.config.norm_epsilon, x)
+    }
+
+    /// Normalises `x` `[rows, hidden]` with `weight` and, for LayerNorm, `bias`.
+    pub fn normalise(
+        &mut self,
+        gpu: &Gpu,
+        (weight, bias): (Slice<'_>, Option<Slice<'_>>),
+        epsilon: f32,
+        x: Slice<'_>,
+    ) -> Result<(), CudaError> {
+        let rows = x.len() / self.hidden;
         let output = self.output.slice_mut(0..x.len());
-        let inverse = self.inverse.slice_mut(0..tokens);
-        let weight = weights.vector(&place.weight);
-        match &place.bias {
-            None => cuda::rms_norm_forward(pass.gpu, x, weight, epsilon, output, inverse),
+        let inverse = self.inverse.slice_mut(0..rows);
+        match bias {
+            None => cuda::rms_norm_forward(gpu, x, weight, epsilon, output, inverse),
             Some(bias) => {
-                let (bias, mean) = (weights.vector(bias), self.mean.slice_mut(0..tokens));
-                cuda::layer_norm_forward(pass.gpu, x, weight, bias, epsilon, output, mean, inverse)
+                let mean = self.mean.slice_mut(0..rows);
+                cuda::layer_norm_forward(gpu, x, weight, bias, epsilon, output, mean, inverse)
             }
         }
     }

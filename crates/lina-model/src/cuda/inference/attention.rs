@@ -6,10 +6,11 @@ use lina_cuda::{
     SliceMut, matmul,
 };
 
-use super::step::{Norm, Step};
+use super::step::Step;
 use crate::attention::{normed_heads, optional_widths, rotated_heads};
 use crate::batch::StepError;
 use crate::config::ModelConfig;
+use crate::cuda::norm::Norm;
 use crate::params::AttentionPlaces;
 use crate::pass::product_flops;
 
@@ -70,7 +71,7 @@ impl Attention {
         let scores = 2 * product_flops(config.heads, config.head_dim, 1) * cached.visible_pairs;
         step.work(WorkKind::Attention, Some(layer), projections + scores)?;
         let places = &step.layout.layers[layer].attention;
-        self.norm.forward(step, &places.norm, x)?;
+        step.normalise(&mut self.norm, &places.norm, x)?;
         self.project(step, places)?;
         if let Some(limit) = config.clip_qkv {
             cuda::clamp(gpu, self.qkv.slice_mut(0..tokens * width), limit)?;

@@ -3,10 +3,11 @@
 use lina_comm::WorkKind;
 use lina_cuda::{Addend, Buffer as DeviceBuffer, CudaError, DType, Gpu, Mat, MatMut, Slice, SliceMut, matmul};
 
-use super::step::{Norm, Step};
+use super::step::Step;
 use crate::batch::StepError;
 use crate::config::ModelConfig;
 use crate::cuda::ffn::activate;
+use crate::cuda::norm::Norm;
 use crate::ffn::input_width;
 use crate::pass::product_flops;
 
@@ -42,7 +43,7 @@ impl DenseFfn {
         let (input, down) = places.dense_matrices();
         let (hidden, inner, width) = (config.hidden, config.dense_hidden, input_width(config));
         step.work(WorkKind::DenseFfn, Some(layer), product_flops(tokens, width + inner, hidden))?;
-        norm.forward(step, &places.norm, x)?;
+        step.normalise(norm, &places.norm, x)?;
         let normed = Mat::new(norm.output(tokens), tokens, hidden);
         let input = Mat::new(dense.matrix(input), width, hidden);
         let projected = MatMut::new(self.projected.slice_mut(0..tokens * width), tokens, width);

@@ -38,7 +38,9 @@ use attention::{Attention, CachedStep};
 use experts::DeviceExperts;
 use ffn::DenseFfn;
 use moe::{Moe, MoeLayer};
-use step::{Norm, Step};
+use step::Step;
+
+use crate::cuda::norm::Norm;
 use weights::DenseWeights;
 
 pub use costs::measure_device_costs;
@@ -351,7 +353,7 @@ impl CudaInferenceModel {
             cuda::gather_rows(gpu, x, hidden, wanted, last.slice_mut(0..rows * hidden))?;
             x = last.slice(0..rows * hidden);
         }
-        norm.forward(&step, &layout.final_norm, x)?;
+        step.normalise(norm, &layout.final_norm, x)?;
         let normed = Mat::new(norm.output(rows), rows, hidden);
         let weight = Mat::new(dense.matrix(&layout.lm_head), vocab, hidden);
         let product = MatMut::new(logits.slice_mut(0..rows * vocab), rows, vocab);

@@ -9,10 +9,11 @@ use lina_kernels::Compute;
 
 use super::exchange::{RowExchanges, RowRoute};
 use super::experts::DeviceExperts;
-use super::step::{Norm, Step};
+use super::step::Step;
 use crate::batch::StepError;
 use crate::config::ModelConfig;
 use crate::cuda::experts::Experts;
+use crate::cuda::norm::Norm;
 use crate::cuda::pass::grow;
 use crate::experts::{self, ExpertShape};
 use crate::inference::director::ExpertDirector;
@@ -96,7 +97,7 @@ impl GateScratch {
         let (config, gpu, tokens) = (step.config, step.gpu, step.tokens);
         let (hidden, experts, top_k) = (config.hidden, config.experts, config.top_k);
         let places = &step.layout.layers[layer].feed_forward;
-        self.norm.forward(step, &places.norm, x)?;
+        step.normalise(&mut self.norm, &places.norm, x)?;
         let gate = Mat::new(step.dense.matrix(places.gate()), experts, hidden);
         let normed = Mat::new(self.norm.output(tokens), tokens, hidden);
         let logits = MatMut::new(self.logits.slice_mut(0..tokens * experts), tokens, experts);
