@@ -105,7 +105,7 @@ pub(crate) enum BenchCommand {
     /// Measures a token of one sequence against reading its weights once, and a prompt against its matrix products.
     #[command(after_help = BENCH_DECODE_EXAMPLES)]
     Decode(BenchDecodeArguments),
-    /// Measures every operation of a GPU against what its memory and its matrix units do at best.
+    /// Measures every operation of a GPU against what its memory, its matrix units and its link to the host do at best.
     #[cfg(feature = "cuda")]
     #[command(after_help = BENCH_KERNELS_EXAMPLES)]
     Kernels(BenchKernelsArguments),
