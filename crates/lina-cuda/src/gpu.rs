@@ -25,7 +25,8 @@ pub struct Gpu {
     stream: Stream,
     staging: RefCell<Staging>,
     modules: RefCell<HashMap<&'static str, Arc<LoadedModule>>>,
-    kernels: RefCell<HashMap<(&'static str, String), Kernel>>,
+    /// By module and name.
+    kernels: RefCell<HashMap<&'static str, HashMap<String, Kernel>>>,
     blas: OnceCell<Blas>,
     timeline: Timeline,
 }
@@ -276,10 +277,12 @@ impl Gpu {
             return Ok(());
         }
         let mut kernels = self.kernels.borrow_mut();
-        let kernel = match kernels.entry((module.name, kernel.to_owned())) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(self.kernel(module, kernel)?),
-        };
+        let of_module = kernels.entry(module.name).or_default();
+        // Looked up by a borrowed name first: a launch allocates nothing once its kernel is known.
+        if !of_module.contains_key(kernel) {
+            of_module.insert(kernel.to_owned(), self.kernel(module, kernel)?);
+        }
+        let kernel = of_module.get_mut(kernel).expect("it is there by now");
         kernel.allow_shared(shape.shared_bytes)?;
         self.timeline.around(&self.stream, kernel.name(), || kernel.launch(&self.stream, shape, args))
     }

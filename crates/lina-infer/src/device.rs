@@ -94,10 +94,7 @@ impl Arithmetic {
 
     #[cfg(feature = "cuda")]
     pub(crate) fn storage(self) -> DType {
-        match self.dtype {
-            Scalar::Float32 => DType::F32,
-            Scalar::Bfloat16 => DType::Bf16,
-        }
+        self.dtype.into()
     }
 }
 

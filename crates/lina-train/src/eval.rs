@@ -183,11 +183,7 @@ impl Evaluated {
     ) -> Result<Self, TrainError> {
         let gpu = lina_cuda::Gpu::open(crate::nccl_job::rank_device()?)?;
         comm.set_device(lina_comm::DeviceClock::new(&gpu)?);
-        let dtype = match dtype {
-            Scalar::Float32 => lina_cuda::DType::F32,
-            Scalar::Bfloat16 => lina_cuda::DType::Bf16,
-        };
-        let mut model = CudaModel::new(gpu, config.clone(), experts.clone(), comm.rank(), dtype, limits)?;
+        let mut model = CudaModel::new(gpu, config.clone(), experts.clone(), comm.rank(), dtype.into(), limits)?;
         let mut parameters = Parameters::zeros(model.layout());
         Checkpoint::open(&options.model)?.load(model.layout(), &mut parameters)?;
         model.load(&parameters)?;

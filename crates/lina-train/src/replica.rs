@@ -7,7 +7,7 @@ use lina_model::{Batch, Buffer, CudaModel, ForwardOutput, LayerRouting, Model, S
 use lina_plan::ExpertLayout;
 
 use crate::TrainError;
-use crate::config::{RunConfig, Scalar};
+use crate::config::RunConfig;
 use crate::nccl_job::rank_device;
 use crate::optimizer::{AdamW, Moments, Update};
 use crate::worker::model_limits;
@@ -56,10 +56,7 @@ impl Replica {
             clock.emulate_rate(&gpu, device.gflops)?;
         }
         comm.set_device(clock);
-        let dtype = match config.train.dtype {
-            Scalar::Float32 => DType::F32,
-            Scalar::Bfloat16 => DType::Bf16,
-        };
+        let dtype = DType::from(config.train.dtype);
         check_memory(&gpu, needed_bytes(config, experts, comm.rank(), dtype))?;
         let limits = model_limits(config, comm.ranks());
         let model = CudaModel::new(gpu, config.model.clone(), experts.clone(), comm.rank(), dtype, limits)?;

@@ -90,9 +90,14 @@ impl KernelsSummary {
     }
 }
 
+/// The type of a name that the arguments have been checked for.
+pub(crate) fn dtype_named(name: &str) -> DType {
+    if name == DType::F32.suffix() { DType::F32 } else { DType::Bf16 }
+}
+
 /// Carries the command out.
 pub(crate) fn run(arguments: BenchKernelsArguments) -> Result<(), Failure> {
-    let dtype = if arguments.dtype == DType::F32.suffix() { DType::F32 } else { DType::Bf16 };
+    let dtype = dtype_named(&arguments.dtype);
     let summary = measure(arguments.gpu, dtype, &arguments.only).map_err(|error| {
         // All but a call that fails is something that is missing or does not suffice.
         let exit_code = if matches!(error, CudaError::Call { .. }) { 1 } else { 2 };

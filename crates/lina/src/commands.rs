@@ -15,8 +15,6 @@ use crate::arguments::{
     EvalArguments, JobArguments, OutputArguments, TrainArguments,
 };
 #[cfg(feature = "cuda")]
-use lina_cuda::DType;
-#[cfg(feature = "cuda")]
 use lina_train::{LayerShape, bench_layer};
 
 #[cfg(feature = "cuda")]
@@ -184,8 +182,7 @@ fn run_bench_compute(arguments: BenchComputeArguments) -> Result<(), Failure> {
 fn run_bench_layer(arguments: BenchLayerArguments) -> Result<(), Failure> {
     let BenchLayerArguments { shape, dtype, rounds, gpu, output: OutputArguments { json, quiet } } = arguments;
     let shapes = if shape.is_empty() { LayerShape::DEFAULTS.to_vec() } else { shape };
-    let dtype = if dtype == DType::F32.suffix() { DType::F32 } else { DType::Bf16 };
-    let summary = bench_layer(gpu, &shapes, dtype, rounds)?;
+    let summary = bench_layer(gpu, &shapes, bench_kernels::dtype_named(&dtype), rounds)?;
     Ok(output::table_or_json(json, quiet, &summary.table(), &summary)?)
 }
 

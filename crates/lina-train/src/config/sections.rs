@@ -63,6 +63,16 @@ pub enum Scalar {
     Bfloat16,
 }
 
+#[cfg(feature = "cuda")]
+impl From<Scalar> for lina_cuda::DType {
+    fn from(scalar: Scalar) -> Self {
+        match scalar {
+            Scalar::Float32 => lina_cuda::DType::F32,
+            Scalar::Bfloat16 => lina_cuda::DType::Bf16,
+        }
+    }
+}
+
 impl Default for TrainConfig {
     fn default() -> Self {
         TrainConfig {
