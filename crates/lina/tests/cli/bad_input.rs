@@ -51,10 +51,11 @@ fn short_options_are_checked_as_keys_are() {
         "--policy linna: `policy.name` is \"linna\", expected one of fair, priority, fixed, partition, lina, \
          lina-auto",
     );
+    let built = if cfg!(feature = "cuda") { "`local` and `nccl`" } else { "`local`" };
     check(
         &["train", "run.toml", "--engine", "mpi"],
         2,
-        "--engine mpi: this build has no engine `mpi`, it has `local`; `lina doctor` says more",
+        &format!("--engine mpi: this build has no engine `mpi`, it has {built}; `lina doctor` says more"),
     );
     check(
         &["train", "run.toml", "--engine", "tcp"],
