@@ -155,6 +155,14 @@ impl RankWorker {
     }
 }
 
+/// Numbers the ranks' tokens from `next` on, over all steps: every n-th of them is every n-th also where a step has but one.
+fn number_tokens(steps: &mut [RankStep], next: &mut u64) {
+    for step in steps {
+        step.token_offset = *next;
+        *next += step.feeds.iter().map(|feed| feed.tokens.len() as u64).sum::<u64>();
+    }
+}
+
 /// A failed step as the job's failure: a result that a placement changed, or a GPU that fails, is this rank's fault, not bad
 /// input.
 pub(crate) fn step_error(rank: usize, error: StepError) -> InferError {
@@ -178,6 +186,8 @@ pub(crate) struct Ranks<'a> {
     limits: BackendLimits,
     emulated: bool,
     step: u64,
+    /// Tokens of the steps before.
+    tokens: u64,
     /// The rank of each sequence, and how many alternatives it reports.
     sequences: HashMap<SequenceId, (usize, usize)>,
     stats: InferenceStats,
@@ -186,7 +196,7 @@ pub(crate) struct Ranks<'a> {
 impl<'a> Ranks<'a> {
     pub fn new(comm: &'a mut Comm, worker: RankWorker, limits: BackendLimits, emulated: bool) -> Self {
         let sequences = HashMap::new();
-        Ranks { comm, worker, limits, emulated, step: 0, sequences, stats: InferenceStats::default() }
+        Ranks { comm, worker, limits, emulated, step: 0, tokens: 0, sequences, stats: InferenceStats::default() }
     }
 
     /// Lets the other ranks end.
@@ -213,11 +223,7 @@ impl<'a> Ranks<'a> {
             let feed_of_rank = RankFeed { id: feed.id.0, sample: feed.sample, tokens: feed.tokens.clone() };
             steps[self.sequences[&feed.id].0].feeds.push(feed_of_rank);
         }
-        let mut token_offset = 0;
-        for step in &mut steps {
-            step.token_offset = token_offset;
-            token_offset += step.feeds.iter().map(|feed| feed.tokens.len() as u64).sum::<u64>();
-        }
+        number_tokens(&mut steps, &mut self.tokens);
         steps
     }
 
@@ -368,6 +374,20 @@ fn exchange(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tokens_are_numbered_over_ranks_and_steps() {
+        let feed = |tokens: usize| RankFeed { id: 0, sample: true, tokens: vec![0; tokens] };
+        let mut next = 0;
+        let mut offsets = |feeds: [Vec<RankFeed>; 2]| {
+            let mut steps = feeds.map(|feeds| RankStep { feeds, ..RankStep::default() });
+            number_tokens(&mut steps, &mut next);
+            steps.map(|step| step.token_offset)
+        };
+        assert_eq!(offsets([vec![feed(5), feed(2)], vec![feed(3)]]), [0, 7]);
+        assert_eq!(offsets([vec![feed(1)], vec![]]), [10, 11]);
+        assert_eq!(offsets([vec![], vec![feed(1)]]), [11, 11]);
+    }
 
     #[test]
     fn a_step_is_read_as_it_was_written() {

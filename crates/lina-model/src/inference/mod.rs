@@ -119,7 +119,8 @@ pub enum LogitsOf {
 pub struct InferenceBatch<'a> {
     /// Each sequence at most once. None is ordinary: the rank takes part in every exchange all the same.
     pub feeds: &'a [SequenceFeed<'a>],
-    /// Index of this rank's first token among all ranks' tokens of the step.
+    /// Index of this rank's first token among all ranks' tokens, of this step or of all steps: which tokens are verified, and
+    /// what a gate that is not the model's own chooses, goes by it.
     pub token_offset: u64,
     /// For [`Forecast::Oracle`]: what every layer's popularity, `[experts]` each, will turn out to be.
     pub truth: Option<&'a [Vec<f64>]>,
