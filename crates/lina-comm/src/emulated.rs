@@ -152,6 +152,8 @@ struct RankState {
     clock: Nanos,
     status: Status,
     last_seen: Instant,
+    /// It has long work on its host.
+    busy: bool,
     driver: Driver,
     inbox: VecDeque<(Nanos, Submission)>,
     /// All-to-alls that are done and not yet waited for.
@@ -183,6 +185,7 @@ impl RankState {
             clock: 0,
             status: Status::Running,
             last_seen: Instant::now(),
+            busy: false,
             driver,
             inbox: VecDeque::new(),
             exchanges: VecDeque::new(),
@@ -483,7 +486,7 @@ impl State {
     /// The rank that has been silent for longer than `timeout`, and what the others wait for.
     fn silent_rank(&self, timeout: Duration) -> Option<CommError> {
         let (rank, _) = (self.ranks.iter().enumerate())
-            .find(|(_, state)| state.status == Status::Running && state.last_seen.elapsed() > timeout)?;
+            .find(|(_, state)| state.status == Status::Running && !state.busy && state.last_seen.elapsed() > timeout)?;
         let operation = self.ranks.iter().find_map(|state| match state.status {
             Status::Waiting(awaited) => Some(awaited.name()),
             _ => None,
@@ -664,6 +667,12 @@ impl Port for EmulatedPort {
         let rank = &mut state.ranks[self.rank];
         rank.recording = on;
         std::mem::take(&mut rank.spans)
+    }
+
+    fn set_busy(&mut self, busy: bool) {
+        let mut state = self.shared.lock();
+        let state = &mut state.ranks[self.rank];
+        (state.busy, state.last_seen) = (busy, Instant::now());
     }
 
     fn fail(&mut self, reason: String) {

@@ -96,6 +96,8 @@ struct HubState {
     collectives: BTreeMap<CollectiveId, Collective>,
     /// Ranks whose communication has ended.
     gone: BTreeSet<usize>,
+    /// When a rank was last seen to have long work on its host.
+    last_busy: Option<Instant>,
     failure: Option<CommError>,
 }
 
@@ -227,15 +229,20 @@ impl Hub {
     /// Whether the job has failed, or a rank that others wait for has left or been silent for too long.
     fn check(&self) -> Result<(), CommError> {
         let mut state = self.lock();
+        if self.mailboxes.iter().any(|mailbox| mailbox.is_busy()) {
+            state.last_busy = Some(Instant::now());
+        }
         if state.failure.is_none() {
             state.failure = state.collectives.iter().find_map(|(id, collective)| {
                 let here = |rank: usize| collective.arrived.iter().any(|(arrived, _)| *arrived == rank);
+                let overdue_from =
+                    state.last_busy.map_or(collective.first_arrival, |at| at.max(collective.first_arrival));
                 let mut missing = collective.members().iter().copied().filter(|&rank| !here(rank));
                 if collective.complete {
                     None
                 } else if let Some(rank) = missing.clone().find(|rank| state.gone.contains(rank)) {
                     Some(CommError::left(rank))
-                } else if collective.first_arrival.elapsed() > self.timeout {
+                } else if overdue_from.elapsed() > self.timeout {
                     let (seconds, operation) = (self.timeout.as_secs(), id.channel.name().to_owned());
                     missing.next().map(|rank| CommError::RankSilent { rank, seconds, operation })
                 } else {

@@ -130,5 +130,7 @@ impl Port for Solo {
         self.clock.record(on)
     }
 
+    fn set_busy(&mut self, _busy: bool) {}
+
     fn fail(&mut self, _reason: String) {}
 }

@@ -61,30 +61,21 @@ impl StepStats {
         stats
     }
 
-    /// Every field, so that none is forgotten.
+    /// With what somebody else knows of the same step, in other fields.
+    pub(crate) fn joined(mut self, mut others: StepStats) -> Self {
+        self.fields().into_iter().zip(others.fields()).for_each(|(field, other)| *field += *other);
+        self
+    }
+
+    /// Every field, of which the compiler sees that none is forgotten.
     fn fields(&mut self) -> [&mut u64; 19] {
-        let StepStats {
-            step,
-            compute,
-            expert,
-            ffn,
-            ffn_micro_ops,
-            all_to_all_blocked,
-            all_reduce_blocked,
-            all_to_all,
-            token_exchange,
-            token_exchange_micro_ops,
-            all_to_all_backward,
-            all_to_all_backward_alone,
-            all_reduce,
-            all_reduce_alone,
-            all_to_all_bytes,
-            copy,
-            copy_blocked,
-            copy_bytes,
-            deciding_wall,
-        } = self;
-        [
+        macro_rules! each {
+            ($($field:ident),* $(,)?) => {{
+                let StepStats { $($field),* } = self;
+                [$($field),*]
+            }};
+        }
+        each![
             step,
             compute,
             expert,
@@ -134,5 +125,19 @@ impl StepStats {
             self.all_to_all_backward += duration;
             self.all_to_all_backward_alone += alone;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_two_know_of_a_step_is_joined() {
+        let computation = StepStats { step: 9, compute: 5, copy_bytes: 7, ..StepStats::default() };
+        let communication = StepStats { all_to_all: 4, deciding_wall: 2, ..StepStats::default() };
+        let both = computation.joined(communication);
+        assert_eq!(both, StepStats { all_to_all: 4, deciding_wall: 2, ..computation });
+        assert_eq!(StepStats::from_words(&both.to_words()), both);
     }
 }

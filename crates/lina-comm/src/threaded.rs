@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -88,6 +89,8 @@ pub(crate) struct Mailbox {
     state: Mutex<Mail>,
     for_comm: Condvar,
     for_compute: Condvar,
+    /// The compute thread has long work on the host.
+    busy: AtomicBool,
 }
 
 #[derive(Default)]
@@ -110,7 +113,21 @@ struct Mail {
 
 impl Mailbox {
     pub(crate) fn new() -> Self {
-        Mailbox { state: Mutex::default(), for_comm: Condvar::new(), for_compute: Condvar::new() }
+        Mailbox {
+            state: Mutex::default(),
+            for_comm: Condvar::new(),
+            for_compute: Condvar::new(),
+            busy: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether the compute thread has said that it works on the host for long.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.busy.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_busy(&self, busy: bool) {
+        self.busy.store(busy, Ordering::Relaxed);
     }
 
     /// Wakes the communication thread: its engine has news.
@@ -206,32 +223,7 @@ impl ThreadedPort {
 
     /// What the compute thread knows of a step, with what the communication thread knows.
     fn with_mail(&self, clock: StepStats) -> StepStats {
-        let StepStats {
-            step,
-            compute,
-            expert,
-            ffn,
-            ffn_micro_ops,
-            all_to_all_blocked,
-            all_reduce_blocked,
-            copy,
-            copy_blocked,
-            copy_bytes,
-            ..
-        } = clock;
-        StepStats {
-            step,
-            compute,
-            expert,
-            ffn,
-            ffn_micro_ops,
-            all_to_all_blocked,
-            all_reduce_blocked,
-            copy,
-            copy_blocked,
-            copy_bytes,
-            ..self.mailbox.lock().stats
-        }
+        clock.joined(self.mailbox.lock().stats)
     }
 
     /// Hands a submission over that counts once `ready` is.
@@ -358,6 +350,10 @@ impl Port for ThreadedPort {
         mail.recording = on;
         spans.append(&mut mail.spans);
         spans
+    }
+
+    fn set_busy(&mut self, busy: bool) {
+        self.mailbox.set_busy(busy);
     }
 
     fn fail(&mut self, reason: String) {

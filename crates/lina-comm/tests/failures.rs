@@ -238,6 +238,27 @@ fn gradients_accumulate_without_waiting() {
 }
 
 #[test]
+fn a_rank_that_says_that_it_is_busy_is_waited_for() {
+    const TIMEOUT: Duration = Duration::from_millis(400);
+    fn late(comm: &mut Comm, work: fn(&mut Comm)) -> Outcome {
+        comm.begin_step(0)?;
+        if comm.rank() == 1 {
+            work(comm);
+        }
+        comm.sum(&mut [1.0])
+    }
+    for body in Body::ALL {
+        let busy = |comm: &mut Comm| late(comm, |comm| comm.busy(|_| std::thread::sleep(4 * TIMEOUT)));
+        let outcomes = run(body, TIMEOUT, busy);
+        assert!(outcomes.iter().all(|outcome| *outcome == Some(Ok(()))), "{body:?}: {outcomes:?}");
+        let silent = |comm: &mut Comm| late(comm, |_| std::thread::sleep(4 * TIMEOUT));
+        let outcomes = run(body, TIMEOUT, silent);
+        let named = |outcome: &Option<Outcome>| matches!(outcome, Some(Err(CommError::RankSilent { rank: 1, .. })));
+        assert!(outcomes.iter().all(named), "{body:?}: {outcomes:?}");
+    }
+}
+
+#[test]
 fn sums_are_the_same_on_every_rank() {
     for body in Body::ALL {
         let outcomes = run(body, Duration::from_secs(20), |comm| {

@@ -19,6 +19,8 @@ use launcher::{say, setting};
 const LAYERS: u32 = 3;
 const GRADIENT: usize = 1003;
 const REPLICATED: usize = 301;
+/// How long a rank does nothing, which is longer than the timeout then.
+const PAUSE: Duration = Duration::from_millis(2500);
 const DELAYS: Delays = Delays { seed: 5, max_us: 300 };
 
 fn rules(policy: Policy) -> PolicyRules {
@@ -56,13 +58,13 @@ fn exchange(comm: &mut Comm, kind: AllToAllKind) -> Result<Ticket, CommError> {
 }
 
 /// A few steps with all-to-alls and gradients; returns a digest of all that was received and summed.
-fn toy(comm: &mut Comm, steps: u64, mut each_step: impl FnMut(u64)) -> Result<u64, CommError> {
+fn toy(comm: &mut Comm, steps: u64, mut each_step: impl FnMut(&mut Comm, u64)) -> Result<u64, CommError> {
     let me = comm.rank();
     let mut digest = DefaultHasher::new();
     let mut dense = [(); 2].map(|()| SharedBuffer::zeros(LAYERS as usize * GRADIENT));
     let mut expert = SharedBuffer::zeros(if me == 1 || me == 2 { LAYERS as usize * REPLICATED } else { 0 });
     for step in 0..steps {
-        each_step(step);
+        each_step(comm, step);
         comm.begin_step(step)?;
         comm.begin_micro_batch(true)?;
         for layer in 0..2 * LAYERS {
@@ -119,7 +121,7 @@ fn on_threads(ranks: usize, policy: Policy, steps: u64) -> Vec<String> {
     let config = LocalConfig { ranks, groups: groups(ranks), timeout, delays: None, log_launches: true };
     let (job, comms) = LocalJob::start(config, rules(policy)).unwrap();
     let threads: Vec<_> =
-        comms.into_iter().map(|mut comm| std::thread::spawn(move || toy(&mut comm, steps, |_| {}))).collect();
+        comms.into_iter().map(|mut comm| std::thread::spawn(move || toy(&mut comm, steps, |_, _| {}))).collect();
     let data: Vec<u64> = threads.into_iter().map(|thread| thread.join().unwrap().unwrap()).collect();
     let logs = job.launch_logs();
     data.iter().zip(&logs).enumerate().map(|(rank, (&data, log))| line(rank, data, log)).collect()
@@ -163,9 +165,14 @@ fn rank_program() {
     };
     let rank = comm.rank();
     let lose_at = (number("LOSE") == Some(rank as u64)).then_some(2);
-    let result = toy(&mut comm, steps, |step| {
+    let result = toy(&mut comm, steps, |comm, step| {
         if Some(step) == lose_at {
             let signal = setting("SIGNAL").unwrap();
+            match signal.as_str() {
+                "idle" => return std::thread::sleep(PAUSE),
+                "busy" => return comm.busy(|_| std::thread::sleep(PAUSE)),
+                _ => {}
+            }
             let own = std::process::id().to_string();
             Command::new("kill").args([&signal, &own]).status().unwrap();
             std::thread::sleep(Duration::from_millis(100));
@@ -244,6 +251,19 @@ fn a_silent_rank_is_named_by_all_others() {
     // The launcher wakes the silent one to end it; it has been told by then.
     assert!(found.len() >= 2, "{output:?}");
     assert!(found.iter().all(|line| line.starts_with("ended: rank 1 has been silent for 1 s")), "{found:?}");
+}
+
+#[test]
+fn a_rank_that_says_that_it_is_busy_is_waited_for() {
+    let pause = |what| mpirun(3, Policy::Lina, 4, &[("LOSE", "1"), ("SIGNAL", what), ("TIMEOUT_MS", "1000")]);
+    let Some(output) = pause("busy") else { return };
+    let found = lines(&output);
+    assert!(found.len() == 3 && found.iter().all(|line| line.starts_with("rank ")), "{output:?}");
+    let found = lines(&pause("idle").unwrap());
+    assert!(
+        !found.is_empty() && found.iter().all(|line| line.starts_with("ended: rank 1 has been silent")),
+        "{found:?}"
+    );
 }
 
 #[test]

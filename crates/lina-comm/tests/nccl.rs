@@ -3,6 +3,7 @@
 //! CUDA's MPS, if it runs, makes it fast). Without a GPU or without NCCL it says so and passes.
 #![cfg(feature = "nccl")]
 
+mod dice;
 mod launcher;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -15,6 +16,7 @@ use lina_comm::*;
 use lina_cuda::{DType, Device, Gpu};
 use lina_plan::{Policy, PolicyRules, PolicySettings};
 
+use dice::Dice;
 use launcher::{say, setting};
 
 /// Elements of the largest gradient.
@@ -44,18 +46,6 @@ fn groups(ranks: usize, time: u64) -> Vec<Vec<usize>> {
     }
 }
 
-/// Numbers that all ranks draw alike.
-struct Dice(u64);
-
-impl Dice {
-    /// A number below `sides`.
-    fn roll(&mut self, sides: usize) -> usize {
-        // Knuth's MMIX generator; its high bits are the random ones.
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % sides
-    }
-}
-
 /// A small whole number, of which sums are exact in any order, and which bf16 can hold.
 fn value(rank: usize, i: usize) -> f32 {
     ((rank + 1) * (i % 13)) as f32
@@ -67,7 +57,13 @@ fn irregular(seed: usize) -> f64 {
 }
 
 /// A rank's part of a random program: each step has other layers, messages and gradients, some of them empty.
-fn program(comm: &mut Comm, gpu: &Gpu, seed: u64, steps: u64, mut each_step: impl FnMut(u64)) -> Result<(), CommError> {
+fn program(
+    comm: &mut Comm,
+    gpu: &Gpu,
+    seed: u64,
+    steps: u64,
+    mut each_step: impl FnMut(&mut Comm, u64),
+) -> Result<(), CommError> {
     let (me, ranks) = (comm.rank(), comm.ranks());
     let mut dice = Dice(seed);
     let buffer = || SharedBuffer::on_device(gpu.zeros(4 * GRADIENT, DType::F32).unwrap());
@@ -77,7 +73,7 @@ fn program(comm: &mut Comm, gpu: &Gpu, seed: u64, steps: u64, mut each_step: imp
         if step > 0 && step % PERIOD == 0 {
             comm.set_groups(&groups)?;
         }
-        each_step(step);
+        each_step(comm, step);
         comm.begin_step(step)?;
         let micro_batches = 1 + dice.roll(2);
         let mut reduced = Vec::new();
@@ -266,10 +262,11 @@ fn rank_program() {
         drop(comm);
         std::process::exit(0);
     }
-    let result = program(&mut comm, &gpu, number("SEED").unwrap_or(1), steps, |step| {
+    let result = program(&mut comm, &gpu, number("SEED").unwrap_or(1), steps, |comm, step| {
         if Some(step) == lose_at {
             match setting("SIGNAL").unwrap().as_str() {
                 "sleep" => std::thread::sleep(Duration::from_secs(20)),
+                "busy" => comm.busy(|_| std::thread::sleep(Duration::from_secs(8))),
                 "panic" => panic!("it was told to"),
                 signal => signal_itself(signal),
             }
@@ -397,6 +394,14 @@ fn a_rank_that_does_not_take_part_is_named_by_all_others() {
     let Some((lines, output)) = job(3, Policy::Lina, 10_000_000, &more) else { return };
     assert!(lines.len() >= 2, "{output}");
     assert!(lines.iter().all(|line| line.starts_with("ended: rank 1 has been silent for 3 s")), "{lines:?}");
+}
+
+#[test]
+fn a_rank_that_says_that_it_is_busy_is_waited_for() {
+    let more = [("LOSE", "1"), ("SIGNAL", "busy"), ("TIMEOUT_MS", "3000")];
+    let Some((lines, output)) = job(3, Policy::Lina, 6, &more) else { return };
+    check_launches(&lines, 3, &output);
+    assert!(lines.iter().all(|line| line.starts_with("rank ")), "{output}");
 }
 
 #[test]

@@ -8,8 +8,11 @@ use lina_comm::local::{LocalConfig, LocalJob};
 use lina_comm::*;
 use lina_plan::{Launch, Policy, PolicyRules, PolicySettings};
 
+mod dice;
 #[cfg(feature = "mpi")]
 mod launcher;
+
+use dice::Dice;
 
 /// Steps of one job.
 const STEPS: u64 = 250;
@@ -33,18 +36,6 @@ fn groups(ranks: usize) -> Vec<Vec<usize>> {
 
 fn delays(seed: u64) -> Delays {
     Delays { seed, max_us: 60 }
-}
-
-/// Numbers that all ranks draw alike.
-struct Dice(u64);
-
-impl Dice {
-    /// A number below `sides`.
-    fn roll(&mut self, sides: usize) -> usize {
-        // Knuth's MMIX generator; its high bits are the random ones.
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % sides
-    }
 }
 
 /// A rank's part of a random program: each step has other layers, messages and gradients, some of them empty.

@@ -9,8 +9,14 @@ use crate::error::CudaError;
 use crate::gpu::Gpu;
 use crate::launch::{Arg, LaunchShape};
 
-pub(crate) static ACTIVATION: Module =
-    Module::new("activation", concat!(include_str!("kernels/pack.cuh"), include_str!("kernels/activation.cu")));
+pub(crate) static ACTIVATION: Module = Module::new(
+    "activation",
+    concat!(
+        include_str!("kernels/pack.cuh"),
+        include_str!("kernels/nonlinearity.cuh"),
+        include_str!("kernels/activation.cu")
+    ),
+);
 
 /// hidden = silu(gate) · up. `gate_up`: `[rows, 2 * features]`, gates first; `hidden`: `[rows, features]`, overwritten.
 ///
@@ -78,7 +84,7 @@ pub fn activation_forward(
     let packs = pre.len() / pack;
     // Kernels ask for the width of a bias alone.
     let width = number(width.unwrap_or(0));
-    let args = [kind(activation), (&pre).into(), Arg::Pointer(bias), (&y).into(), width, number(packs)];
+    let args = [kind(activation).into(), (&pre).into(), Arg::Pointer(bias), (&y).into(), width, number(packs)];
     let kernel = kernel_name("activation_forward", pre.dtype(), pack);
     gpu.launch(&ACTIVATION, &kernel, LaunchShape::covering(packs, THREADS), &args)
 }
@@ -102,7 +108,7 @@ pub fn activation_backward(
     );
     let pack = pack_len(pre.dtype(), pre.len(), &[pre.ptr(), grad_y.ptr(), grad_pre.ptr()]);
     let packs = pre.len() / pack;
-    let args = [kind(activation), pre.into(), grad_y.into(), (&grad_pre).into(), number(packs)];
+    let args = [kind(activation).into(), pre.into(), grad_y.into(), (&grad_pre).into(), number(packs)];
     let kernel = kernel_name("activation_backward", pre.dtype(), pack);
     gpu.launch(&ACTIVATION, &kernel, LaunchShape::covering(packs, THREADS), &args)
 }
@@ -131,10 +137,10 @@ fn check_bias(x: Slice<'_>, bias: Slice<'_>) -> usize {
 }
 
 /// What the kernels call an activation.
-fn kind(activation: Activation) -> Arg<'static> {
-    Arg::U32(match activation {
+pub(crate) fn kind(activation: Activation) -> u32 {
+    match activation {
         Activation::Relu => 0,
         Activation::Gelu => 1,
         Activation::GeluTanh => 2,
-    })
+    }
 }

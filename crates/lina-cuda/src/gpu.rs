@@ -127,6 +127,19 @@ impl Gpu {
         self.staging.borrow_mut().download(from, to)
     }
 
+    /// Two [downloads](Self::download) that are waited for together.
+    ///
+    /// # Errors
+    /// If the device has failed.
+    pub fn download_both<A: Element, B: Element>(
+        &self,
+        first: (Slice<'_>, &mut [A]),
+        second: (Slice<'_>, &mut [B]),
+    ) -> Result<(), CudaError> {
+        assert!(first.0.len() == first.1.len() && second.0.len() == second.1.len(), "as many elements as room");
+        self.staging.borrow_mut().download_both(first, second)
+    }
+
     /// As [`download`](Self::download), into a new vector.
     ///
     /// # Errors
@@ -228,6 +241,11 @@ impl Gpu {
     /// If the device has failed.
     pub fn begin_timeline(&self) -> Result<(), CudaError> {
         self.timeline.begin(&self.stream)
+    }
+
+    /// Whether each launch is being noted.
+    pub fn is_timed(&self) -> bool {
+        self.timeline.is_running()
     }
 
     /// Stops noting, waits for what is enqueued, and returns what ran, in order.

@@ -77,7 +77,12 @@ impl Kernel {
         let code = unsafe { sys::cuModuleGetFunction(&mut function, module.module, symbol.as_ptr()) };
         assert_ne!(code, sys::CUresult::CUDA_ERROR_NOT_FOUND, "module {} has no kernel {name}", module.name);
         check("cuModuleGetFunction", code)?;
-        Ok(Kernel { module: Arc::clone(module), name: name.to_owned(), function, shared_bytes: SHARED_BYTES })
+        let mut fixed_bytes = 0;
+        let attribute = Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+        // SAFETY: the out-parameter is valid, and the function lives with its module.
+        check("cuFuncGetAttribute", unsafe { sys::cuFuncGetAttribute(&mut fixed_bytes, attribute, function) })?;
+        let shared_bytes = SHARED_BYTES.saturating_sub(fixed_bytes as u32);
+        Ok(Kernel { module: Arc::clone(module), name: name.to_owned(), function, shared_bytes })
     }
 
     /// Its name.

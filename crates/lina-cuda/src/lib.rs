@@ -11,6 +11,7 @@
 //! | where is data? | [`Buffer`], [`Slice`], [`SliceMut`], [`PinnedBuffer`] |
 //! | what runs after what? | [`Stream`], [`Event`] |
 //! | who copies experts while the device computes? | [`ExpertSlots`] |
+//! | how are many small launches enqueued at once? | [`Graph`] |
 //! | how does source become a kernel? | [`Module`], [`compile`] |
 //! | which sizes do kernels take? | [`check_routing`], [`check_norm_width`], [`AttentionPlan::new`] |
 //!
@@ -30,7 +31,9 @@ mod elementwise;
 mod embedding;
 mod error;
 mod event;
+mod few;
 mod gpu;
+mod graph;
 mod grouped;
 pub mod jitter;
 mod kernel;
@@ -62,7 +65,9 @@ pub use elementwise::*;
 pub use embedding::*;
 pub use error::CudaError;
 pub use event::Event;
+pub use few::*;
 pub use gpu::Gpu;
+pub use graph::Graph;
 pub use grouped::*;
 pub use kernel::Kernel;
 pub use launch::{Arg, LaunchShape};
@@ -86,6 +91,7 @@ pub fn modules() -> Vec<&'static Module> {
         &activation::ACTIVATION,
         &elementwise::ELEMENTWISE,
         &embedding::EMBEDDING,
+        &few::FEW,
         &grouped::GROUPED_HOPPER,
         &jitter::JITTER,
         &loss::LOSS,

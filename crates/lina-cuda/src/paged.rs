@@ -88,10 +88,46 @@ pub struct PagedPlan {
     new_tokens: usize,
     few: Pass,
     many: Pass,
-    /// Slots of the new tokens, `[new_tokens, 2]`, then the passes' tasks, then the sequences' pages.
-    tables: Buffer,
+    memory: PagedMemory,
     /// Where the pages start in the tables.
     pages: usize,
+}
+
+/// Device memory of plans, which can have it one after the other.
+#[derive(Debug)]
+pub struct PagedMemory {
+    /// Slots of the new tokens, `[new_tokens, 2]`, then the passes' tasks, then the sequences' pages.
+    tables: Buffer,
+    few: SpanMemory,
+    many: SpanMemory,
+}
+
+/// What spans leave to be merged.
+#[derive(Debug)]
+struct SpanMemory {
+    /// Their sums, `[states, heads_kv, rows, head_dim]`.
+    sums: Buffer,
+    /// Their softmax, `[states, heads_kv, rows, 2]`.
+    states: Buffer,
+}
+
+impl PagedMemory {
+    /// None yet.
+    ///
+    /// # Errors
+    /// If the device has failed.
+    pub fn new(gpu: &Gpu) -> Result<Self, CudaError> {
+        let spans = || Ok(SpanMemory { sums: gpu.uninit(0, DType::F32)?, states: gpu.uninit(0, DType::F32)? });
+        Ok(PagedMemory { tables: gpu.uninit(0, DType::U32)?, few: spans()?, many: spans()? })
+    }
+}
+
+/// All that the launches of a plan depend on, apart from their operands: plans that have the same may follow each other in
+/// launches that were recorded.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PagedLaunches {
+    counts: [usize; 11],
+    addresses: [u64; 5],
 }
 
 /// Blocks of one height.
@@ -106,10 +142,6 @@ struct Pass {
     tasks: (usize, usize),
     /// Likewise for tasks whose spans are to be merged.
     merges: (usize, usize),
-    /// Sums of spans, `[states, heads_kv, rows, head_dim]`.
-    sums: Buffer,
-    /// Their softmax, `[states, heads_kv, rows, 2]`.
-    states: Buffer,
 }
 
 /// Some rows of a sequence, as the kernels number them: new tokens times query heads of a key-value head.
@@ -130,6 +162,24 @@ impl PagedPlan {
     /// # Panics
     /// If a shape does not agree, or sequences are not in ascending order of rows without overlap.
     pub fn new(gpu: &Gpu, shape: &PagedShape<'_>, tokens: usize, dtype: DType) -> Result<Self, CudaError> {
+        PagedPlan::with_memory(gpu, shape, tokens, dtype, PagedMemory::new(gpu)?)
+    }
+
+    /// As [`new`](Self::new), in the `memory` of an earlier plan whose launches have been enqueued, and in more if that does
+    /// not suffice.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
+    pub fn with_memory(
+        gpu: &Gpu,
+        shape: &PagedShape<'_>,
+        tokens: usize,
+        dtype: DType,
+        mut memory: PagedMemory,
+    ) -> Result<Self, CudaError> {
         let &PagedShape { sequences, heads_q, heads_kv, head_dim, row_stride, scale, window, .. } = shape;
         let (heads, offsets) = ([heads_q, heads_kv, head_dim], [shape.q_offset, shape.k_offset, shape.v_offset]);
         let size = HeadSize::new(dtype, head_dim)?;
@@ -174,7 +224,7 @@ impl PagedPlan {
             page_count += sequence.pages.len();
         }
         let busy = gpu.multiprocessors() as usize * BUSY_BLOCKS;
-        let mut pass = |name: &'static str, rows: usize, threads: u32, few: bool| {
+        let mut pass = |name: &'static str, rows: usize, threads: u32, few: bool, spans_memory: &mut SpanMemory| {
             let list = list_tasks(shape, rows, |sequence| (sequence.rows * group <= FEW_ROWS) == few);
             let split = list.len() * heads_kv < busy;
             let (mut tasks, mut merges, mut states) = (Vec::new(), Vec::new(), 0);
@@ -205,24 +255,23 @@ impl PagedPlan {
             let mut place = |tasks: Vec<u32>| {
                 let start = words.len();
                 words.extend(&tasks);
-                (start, tasks.len() / TASK_WORDS)
+                // Rounded up, with tasks of no tokens, so that a step's launches are mostly those of the step before.
+                let count = rounded_up(tasks.len() / TASK_WORDS);
+                words.resize(start + count * TASK_WORDS, 0);
+                (start, count)
             };
             let kept = states * heads_kv * rows;
-            Ok(Pass {
-                name,
-                rows,
-                threads,
-                shared_bytes: shared_bytes(rows),
-                tasks: place(tasks),
-                merges: place(merges),
-                sums: gpu.uninit(kept * head_dim, DType::F32)?,
-                states: gpu.uninit(kept * 2, DType::F32)?,
-            })
+            make_room(gpu, &mut spans_memory.sums, kept * head_dim)?;
+            make_room(gpu, &mut spans_memory.states, kept * 2)?;
+            let (tasks, merges) = (place(tasks), place(merges));
+            Ok(Pass { name, rows, threads, shared_bytes: shared_bytes(rows), tasks, merges })
         };
-        let few = pass("few", FEW_ROWS, few_threads, true)?;
-        let many = pass("many", many_rows, many_threads, false)?;
+        let few = pass("few", FEW_ROWS, few_threads, true, &mut memory.few)?;
+        let many = pass("many", many_rows, many_threads, false, &mut memory.many)?;
         let pages = words.len();
         words.extend(sequences.iter().flat_map(|sequence| sequence.pages));
+        make_room(gpu, &mut memory.tables, words.len())?;
+        gpu.upload(&words, memory.tables.slice_mut(0..words.len()))?;
         Ok(PagedPlan {
             dtype,
             module: &PAGED_MODULES[size.index],
@@ -235,9 +284,27 @@ impl PagedPlan {
             new_tokens,
             few,
             many,
-            tables: gpu.buffer_from(&words, DType::U32)?,
+            memory,
             pages,
         })
+    }
+
+    /// The memory, for another plan; this one is of no use any more.
+    ///
+    /// # Errors
+    /// If the device has failed.
+    pub fn take_memory(&mut self, gpu: &Gpu) -> Result<PagedMemory, CudaError> {
+        Ok(std::mem::replace(&mut self.memory, PagedMemory::new(gpu)?))
+    }
+
+    /// What the plan's launches depend on.
+    pub fn launches(&self) -> PagedLaunches {
+        let PagedMemory { tables, few, many } = &self.memory;
+        let [(a, b), (c, d), (e, f), (g, h)] = [self.few.tasks, self.few.merges, self.many.tasks, self.many.merges];
+        PagedLaunches {
+            counts: [self.tokens, self.new_tokens, a, b, c, d, e, f, g, h, self.pages],
+            addresses: [tables, &few.sums, &few.states, &many.sums, &many.states].map(|buffer| buffer.whole().ptr()),
+        }
     }
 
     fn check(&self, qkv: Slice<'_>, cache: Slice<'_>) {
@@ -251,8 +318,21 @@ impl PagedPlan {
     }
 
     fn table(&self, (start, count): (usize, usize)) -> Slice<'_> {
-        self.tables.slice(start..start + count * TASK_WORDS)
+        self.memory.tables.slice(start..start + count * TASK_WORDS)
     }
+}
+
+/// A number of tasks that few numbers are rounded up to: at most a quarter more.
+fn rounded_up(tasks: usize) -> usize {
+    tasks.next_multiple_of((tasks.next_power_of_two() / 8).max(1))
+}
+
+/// Makes `buffer` as long as `len` at least; what it held is lost if it grows.
+fn make_room(gpu: &Gpu, buffer: &mut Buffer, len: usize) -> Result<(), CudaError> {
+    if buffer.len() < len {
+        *buffer = gpu.uninit(len.next_power_of_two(), buffer.dtype())?;
+    }
+    Ok(())
 }
 
 /// One more than the largest number of a page that a new token sees.
@@ -295,7 +375,7 @@ pub fn paged_append(gpu: &Gpu, plan: &PagedPlan, qkv: Slice<'_>, cache: SliceMut
     let [_, heads_kv, head_dim] = plan.heads;
     // bf16 rows and heads are whole words, since their sizes are multiples of 8.
     let words = |elements: usize| number(elements * plan.dtype.bytes() / 4);
-    let slots = plan.tables.slice(0..2 * plan.new_tokens);
+    let slots = plan.memory.tables.slice(0..2 * plan.new_tokens);
     let args = [
         qkv.into(),
         (&cache).into(),
@@ -334,16 +414,16 @@ pub fn paged_attention(
         "paged_attention: output"
     );
     check_aligned(output.as_slice());
-    let pages = plan.tables.slice(plan.pages..plan.tables.len());
+    let pages = plan.memory.tables.slice(plan.pages..plan.memory.tables.len());
     let suffix = plan.dtype.suffix();
-    for pass in [&plan.few, &plan.many] {
+    for (pass, memory) in [(&plan.few, &plan.memory.few), (&plan.many, &plan.memory.many)] {
         let shape = LaunchShape::linear(number(pass.tasks.1 * heads_kv), pass.threads).with_shared(pass.shared_bytes);
         let args = [
             qkv.into(),
             cache.into(),
             (&output).into(),
-            pass.sums.whole().into(),
-            pass.states.whole().into(),
+            memory.sums.whole().into(),
+            memory.states.whole().into(),
             plan.table(pass.tasks).into(),
             pages.into(),
             Arg::Bytes(&plan.layout),
@@ -352,8 +432,8 @@ pub fn paged_attention(
         let shape = LaunchShape::covering(pass.merges.1 * heads_kv * pass.rows * 32, WARP_ROWS_BLOCK);
         let args = [
             (&output).into(),
-            pass.sums.whole().into(),
-            pass.states.whole().into(),
+            memory.sums.whole().into(),
+            memory.states.whole().into(),
             plan.table(pass.merges).into(),
             number(pass.merges.1).into(),
             number(pass.rows).into(),

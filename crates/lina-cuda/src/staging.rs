@@ -1,5 +1,7 @@
 //! Copies between ordinary host memory and the device, through pinned memory: small uploads return at once.
 
+use std::ops::Range;
+
 use cudarc::driver::sys;
 
 use crate::buffer::{Element, Slice, SliceMut};
@@ -67,20 +69,46 @@ impl Staging {
     }
 
     pub(crate) fn download<E: Element>(&mut self, from: Slice<'_>, to: &mut [E]) -> Result<(), CudaError> {
-        self.stream.device().bind()?;
-        let (dtype, piece) = (from.dtype(), SLOT_BYTES / from.dtype().bytes());
+        let piece = SLOT_BYTES / from.dtype().bytes();
         for (number, values) in to.chunks_mut(piece).enumerate() {
             let start = number * piece;
             let source = from.slice(start..start + values.len());
-            let bytes = values.len() * dtype.bytes();
-            let staged = &mut self.downloads[..bytes];
-            // SAFETY: both are as many bytes, and the host waits for the copy.
-            check("cuMemcpyDtoHAsync", unsafe {
-                sys::cuMemcpyDtoHAsync_v2(staged.as_mut_ptr().cast(), source.ptr(), bytes, self.stream.raw())
-            })?;
+            let staged = self.begin_download(source, 0)?;
             self.stream.synchronize()?;
-            E::decode(staged, dtype, values);
+            E::decode(&self.downloads[staged], from.dtype(), values);
         }
         Ok(())
+    }
+
+    /// Two downloads that are waited for together, if there is room for both.
+    pub(crate) fn download_both<A: Element, B: Element>(
+        &mut self,
+        (first, to_first): (Slice<'_>, &mut [A]),
+        (second, to_second): (Slice<'_>, &mut [B]),
+    ) -> Result<(), CudaError> {
+        let behind = (first.len() * first.dtype().bytes()).next_multiple_of(16);
+        if behind + second.len() * second.dtype().bytes() > SLOT_BYTES {
+            self.download(first, to_first)?;
+            return self.download(second, to_second);
+        }
+        let [staged_first, staged_second] = [self.begin_download(first, 0)?, self.begin_download(second, behind)?];
+        self.stream.synchronize()?;
+        A::decode(&self.downloads[staged_first], first.dtype(), to_first);
+        B::decode(&self.downloads[staged_second], second.dtype(), to_second);
+        Ok(())
+    }
+
+    /// Enqueues the copy of `from` to where the downloads' memory has room from byte `start` on; returns where it will be.
+    fn begin_download(&mut self, from: Slice<'_>, start: usize) -> Result<Range<usize>, CudaError> {
+        self.stream.device().bind()?;
+        let bytes = from.len() * from.dtype().bytes();
+        let staged = &mut self.downloads[start..start + bytes];
+        if bytes > 0 {
+            // SAFETY: both are as many bytes, and callers wait for the copy before they look at it.
+            check("cuMemcpyDtoHAsync", unsafe {
+                sys::cuMemcpyDtoHAsync_v2(staged.as_mut_ptr().cast(), from.ptr(), bytes, self.stream.raw())
+            })?;
+        }
+        Ok(start..start + bytes)
     }
 }

@@ -35,7 +35,7 @@ impl Timeline {
         name: &str,
         launch: impl FnOnce() -> Result<R, CudaError>,
     ) -> Result<R, CudaError> {
-        if self.0.borrow().is_none() {
+        if !self.is_running() {
             return launch();
         }
         let (start, end) = (stream.event()?, stream.event()?);
@@ -46,6 +46,10 @@ impl Timeline {
             recording.launches.push((name.to_owned(), start, end));
         }
         Ok(result)
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.0.borrow().is_some()
     }
 
     pub(crate) fn begin(&self, stream: &Stream) -> Result<(), CudaError> {

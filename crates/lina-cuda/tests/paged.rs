@@ -1,7 +1,7 @@
 //! Attention over pages on a GPU against the processor's, and that a token's bits depend on nothing but its sequence.
 
 use lina_cuda::testing::{gpu, random, relative_error, round_bf16};
-use lina_cuda::{Buffer, CudaError, DType, Gpu, PagedPlan, paged_append, paged_attention};
+use lina_cuda::{Buffer, CudaError, DType, Gpu, PagedMemory, PagedPlan, paged_append, paged_attention};
 use lina_kernels::{Compute, PAGE_TOKENS, PagedSequence, PagedShape, page_elements};
 
 const TYPES: [DType; 2] = [DType::F32, DType::Bf16];
@@ -161,6 +161,50 @@ fn no_sequences_are_ordinary() {
         let shape = PagedShape::fused(&[], 4, 2, 32);
         let mut cache = empty_cache(&gpu, &shape, dtype);
         assert!(step(&gpu, &shape, 0, dtype, &[], &mut cache).is_empty());
+    }
+}
+
+#[test]
+fn launches_that_were_recorded_serve_later_plans() {
+    let Some(gpu) = gpu() else { return };
+    let (heads, head_dim) = (4, 32);
+    for dtype in TYPES {
+        // The sequences grow into new pages and spans, so that some steps have other launches than the one before.
+        let pages = [pages(1200, 0, POOL), pages(700, 19, POOL), pages(60, 30, POOL)];
+        let mut cache = gpu.zeros(POOL * page_elements(heads, head_dim), dtype).unwrap();
+        let width = 3 * heads * head_dim;
+        let mut qkv = gpu.zeros(3 * width, dtype).unwrap();
+        let mut output = gpu.zeros(3 * heads * head_dim, dtype).unwrap();
+        let (mut memory, mut recorded, mut replays) = (PagedMemory::new(&gpu).unwrap(), None, 0);
+        for step in 0..40 {
+            let past = [480 + step, 600 + step, step];
+            let sequences: Vec<PagedSequence<'_>> = (0..3)
+                .map(|number| PagedSequence { start_row: number, rows: 1, past: past[number], pages: &pages[number] })
+                .collect();
+            let shape = PagedShape::fused(&sequences, heads, heads, head_dim);
+            gpu.upload(&values(dtype, step as u64, 3 * width), qkv.whole_mut()).unwrap();
+
+            let plan = PagedPlan::new(&gpu, &shape, 3, dtype).unwrap();
+            paged_append(&gpu, &plan, qkv.whole(), cache.whole_mut()).unwrap();
+            paged_attention(&gpu, &plan, qkv.whole(), cache.whole(), output.whole_mut()).unwrap();
+            let expected: Vec<f32> = gpu.to_host(output.whole()).unwrap();
+            gpu.fill_zero(output.whole_mut()).unwrap();
+
+            let mut plan = PagedPlan::with_memory(&gpu, &shape, 3, dtype, memory).unwrap();
+            if recorded.as_ref().is_none_or(|(launches, _)| *launches != plan.launches()) {
+                gpu.begin_recording().unwrap();
+                paged_append(&gpu, &plan, qkv.whole(), cache.whole_mut()).unwrap();
+                paged_attention(&gpu, &plan, qkv.whole(), cache.whole(), output.whole_mut()).unwrap();
+                recorded = Some((plan.launches(), gpu.end_recording().unwrap()));
+            } else {
+                replays += 1;
+            }
+            recorded.as_ref().unwrap().1.launch().unwrap();
+            let found: Vec<f32> = gpu.to_host(output.whole()).unwrap();
+            assert!(found.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()), "{dtype:?}, step {step}");
+            memory = plan.take_memory(&gpu).unwrap();
+        }
+        assert!(replays > 30, "{replays} replays");
     }
 }
 

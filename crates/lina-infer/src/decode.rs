@@ -15,6 +15,8 @@ use lina_model::{
     ExpertOptions, InferenceBatch, InferenceLimits, InferenceWeights, KvCache, LogitsOf, ModelConfig, SequenceFeed,
 };
 use lina_report::{Align, Progress, Table};
+#[cfg(feature = "cuda")]
+use lina_train::KernelTime;
 use lina_train::{Engine, RunConfig, Scalar, median};
 use serde::Serialize;
 
@@ -91,6 +93,9 @@ pub struct DecodeSummary {
     pub products_gflop: f64,
     /// Prefill over its products.
     pub prefill_over_products: f64,
+    /// On a GPU: what kernels take of a token, longest first, each launched and timed by itself.
+    #[cfg(feature = "cuda")]
+    pub kernels: Vec<KernelTime>,
 }
 
 /// What the rounds measured.
@@ -139,6 +144,8 @@ impl DecodeSummary {
             products_ms,
             products_gflop,
             prefill_over_products: prefill_ms / products_ms,
+            #[cfg(feature = "cuda")]
+            kernels: Vec::new(),
         }
     }
 
@@ -151,15 +158,18 @@ impl DecodeSummary {
         };
         row("decode, a token", self.decode_ms, self.bound_ms, self.decode_over_bound);
         row("prefill", self.prefill_ms, self.products_ms, self.prefill_over_products);
-        let device = match (self.device, self.dtype) {
-            ("cpu", _) => format!("{} threads", self.threads),
-            (device, Scalar::Float32) => format!("{device}, float32"),
-            (device, Scalar::Bfloat16) => format!("{device}, bfloat16"),
+        let device = match self.device {
+            "cpu" => format!("{} threads", self.threads),
+            device => format!("{device}, {}", self.dtype.name()),
         };
+        #[cfg(feature = "cuda")]
+        let kernels = kernel_table(&self.kernels);
+        #[cfg(not(feature = "cuda"))]
+        let kernels = "";
         format!(
             "{}\n{device}, medians of {} rounds; weights: {}\ndecode: batch 1, {} tokens after {}; the bound reads {:.0} MB \
              of active weights (of {:.0} MB) once at the measured {:.1} GB/s\nprefill: {} tokens; the bound is its matrix \
-             products alone, {:.0} GFLOP/s",
+             products alone, {:.0} GFLOP/s{kernels}",
             table.render(),
             self.rounds,
             if self.initial_weights { "initial ones, on which speed does not depend" } else { "the folder's" },
@@ -172,6 +182,25 @@ impl DecodeSummary {
             self.products_gflop * 1e3 / self.products_ms,
         )
     }
+}
+
+/// What a token's kernels take, as a person reads it.
+#[cfg(feature = "cuda")]
+fn kernel_table(kernels: &[KernelTime]) -> String {
+    if kernels.is_empty() {
+        return String::new();
+    }
+    let mut table = Table::new([("kernel", Align::Left), ("launches", Align::Right), ("us", Align::Right)]);
+    for kernel in kernels {
+        table.row([kernel.name.clone(), kernel.launches.to_string(), format!("{:.1}", 1e3 * kernel.ms)]);
+    }
+    let launches: usize = kernels.iter().map(|kernel| kernel.launches).sum();
+    let ms: f64 = kernels.iter().map(|kernel| kernel.ms).sum();
+    format!(
+        "\n\na token's {launches} launches take {:.0} us when each is timed, which adds some to every one:\n\n{}",
+        1e3 * ms,
+        table.render()
+    )
 }
 
 /// Measures decoding and prefill on one rank, in rounds: memory, a sequence's tokens, a prompt, its products.
@@ -206,7 +235,10 @@ pub fn bench_decode(options: &DecodeOptions) -> Result<DecodeSummary, InferError
         }
     }
     progress.finish();
-    Ok(DecodeSummary::new(options, &weights, initial_weights, threads, machine.products_gflop(), &samples))
+    let summary = DecodeSummary::new(options, &weights, initial_weights, threads, machine.products_gflop(), &samples);
+    #[cfg(feature = "cuda")]
+    let summary = DecodeSummary { kernels: decoder.kernels()?, ..summary };
+    Ok(summary)
 }
 
 /// What bounds the decoder's model.
@@ -334,6 +366,24 @@ impl Decoder {
                 Ok(milliseconds(begun))
             })
             .collect()
+    }
+
+    /// What kernels take of a token on a GPU.
+    #[cfg(feature = "cuda")]
+    fn kernels(&mut self) -> Result<Vec<KernelTime>, InferError> {
+        if let StepModel::Host(_) = self.model {
+            return Ok(Vec::new());
+        }
+        self.prefill(DECODE_PROMPT_TOKENS)?;
+        if let StepModel::Cuda(model) = &self.model {
+            model.gpu().begin_timeline()?;
+        }
+        let outcome = self.step(&[1]);
+        let launches = match &self.model {
+            StepModel::Cuda(model) => model.gpu().end_timeline()?,
+            StepModel::Host(_) => Vec::new(),
+        };
+        outcome.map(|_| KernelTime::of_step(&launches))
     }
 
     /// Milliseconds of one pass.

@@ -178,7 +178,9 @@ impl StepModel {
         }
         let place = DeviceRank { rank, ranks, route, dtype };
         let ModelParts { limits, experts, weights, shared, .. } = parts;
-        let model = CudaInferenceModel::new(gpu, place, weights.clone(), limits, experts, &shared.experts);
+        // Others wait while experts are copied into pinned memory and to the GPU.
+        let model =
+            comm.busy(|_| CudaInferenceModel::new(gpu, place, weights.clone(), limits, experts, &shared.experts));
         let model = model.map_err(|error| match error {
             CudaModelError::Placement(error) => TrainError::Input(error.to_string()),
             CudaModelError::Cuda(error) => device_error(error),
@@ -192,7 +194,8 @@ impl StepModel {
         match self {
             StepModel::Host(_) => Ok(()),
             #[cfg(feature = "cuda")]
-            StepModel::Cuda(model) => model.warm_up(comm).map_err(device_step_error),
+            // Kernels may have to be compiled.
+            StepModel::Cuda(model) => comm.busy(|comm| model.warm_up(comm)).map_err(device_step_error),
         }
     }
 

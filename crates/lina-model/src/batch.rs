@@ -66,6 +66,14 @@ pub struct ForwardOutput {
     pub dropped_assignments: u64,
 }
 
+impl ForwardOutput {
+    /// Adds what a layer's routing came to: assignments dropped, and its losses with their coefficients.
+    pub(crate) fn add_routing(&mut self, (dropped, loss): (u64, f64), step: &StepContext) {
+        self.dropped_assignments += dropped;
+        self.router_loss += loss / step.micro_batches();
+    }
+}
+
 /// A pass that could not be completed.
 #[derive(Clone, Debug, Error)]
 pub enum StepError {

@@ -12,6 +12,7 @@ use crate::moe::{LayerRouting, Moe, MoeShared};
 use crate::norm::Norm;
 use crate::params::{ParameterLayout, Parameters};
 use crate::pass::{BackwardStream, Pass, product_flops};
+use crate::purpose::Purpose;
 use crate::waiting::WaitingExperts;
 
 /// Sizes that buffers are made for.
@@ -31,6 +32,7 @@ pub struct ModelLimits {
 /// Gradients are of the mean cross-entropy over the step's targets plus the router losses: each rank computes its
 /// tokens' part, and the reduction sums. A first micro-batch overwrites them, later ones add.
 pub struct Model {
+    purpose: Purpose,
     config: ModelConfig,
     experts: ExpertLayout,
     layout: ParameterLayout,
@@ -40,8 +42,10 @@ pub struct Model {
     batch: LoadedBatch,
     step: StepContext,
     rotary: Option<RotaryTable>,
+    /// Those that have [buffers](Purpose::buffered_layers).
     layers: Vec<Layer>,
-    /// `[max_tokens, hidden]` each: the residual stream before each sub-layer and at the end.
+    /// `[max_tokens, hidden]` each: the residual stream before each sub-layer and at the end, as far as it is
+    /// [kept](Purpose::streams).
     residual: Vec<Vec<f32>>,
     final_norm: Norm,
     /// `[max_tokens, vocab]`: logits, or in training their gradient.
@@ -67,12 +71,38 @@ enum FeedForward {
 }
 
 impl Model {
-    /// A model of zeros on `rank` of `experts`' ranks; initialise or load its [`parameters`](Self::parameters_mut).
+    /// A model of zeros on `rank` of `experts`' ranks, to be trained; initialise or load its
+    /// [`parameters`](Self::parameters_mut).
     ///
     /// # Errors
     /// If the configuration is not valid, the layout is for another number of experts, or sequences may be longer
     /// than the model has positions.
     pub fn new(
+        config: ModelConfig,
+        experts: ExpertLayout,
+        rank: usize,
+        compute: Compute,
+        limits: ModelLimits,
+    ) -> Result<Self, ConfigError> {
+        Self::of_purpose(Purpose::Training, config, experts, rank, compute, limits)
+    }
+
+    /// As [`new`](Self::new), for [`Purpose::Evaluation`].
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn for_evaluation(
+        config: ModelConfig,
+        experts: ExpertLayout,
+        rank: usize,
+        compute: Compute,
+        limits: ModelLimits,
+    ) -> Result<Self, ConfigError> {
+        Self::of_purpose(Purpose::Evaluation, config, experts, rank, compute, limits)
+    }
+
+    fn of_purpose(
+        purpose: Purpose,
         config: ModelConfig,
         experts: ExpertLayout,
         rank: usize,
@@ -89,7 +119,7 @@ impl Model {
             }
             PositionKind::Learned => None,
         };
-        let layers = (0..config.layers).map(|layer| Layer {
+        let layers = purpose.buffered_layers(&config).into_iter().map(|layer| Layer {
             attention: Attention::new(&config, layer, max_tokens),
             feed_forward: if config.is_moe(layer) {
                 FeedForward::Moe(Box::new(Moe::new(&config, layer, max_tokens)))
@@ -97,21 +127,26 @@ impl Model {
                 FeedForward::Dense(DenseFfn::new(&config, layer, max_tokens))
             },
         });
-        let stream = || vec![0.0; max_tokens * config.hidden];
+        let (parameters, backward_tokens) = match purpose {
+            Purpose::Training => (Parameters::zeros(&layout), max_tokens),
+            Purpose::Evaluation => (Parameters::without_gradients(&layout), 0),
+        };
+        let stream = |tokens: usize| vec![0.0; tokens * config.hidden];
         Ok(Model {
-            parameters: Parameters::zeros(&layout),
+            parameters,
             batch: LoadedBatch::with_capacity(max_tokens),
             step: StepContext::evaluation(),
             rotary,
             layers: layers.collect(),
-            residual: (0..=2 * config.layers).map(|_| stream()).collect(),
+            residual: (0..purpose.streams(&config)).map(|_| stream(max_tokens)).collect(),
             final_norm: Norm::new(&config, max_tokens),
             logits: vec![0.0; max_tokens * config.vocab],
             losses: vec![0.0; max_tokens],
-            grad: stream(),
-            grad_normed: stream(),
-            attention: AttentionScratch::new(&config, max_tokens),
+            grad: stream(backward_tokens),
+            grad_normed: stream(backward_tokens),
+            attention: AttentionScratch::new(&config, backward_tokens),
             moe: MoeShared::new(&config, &experts, rank, max_tokens, rows_limit),
+            purpose,
             config,
             experts,
             layout,
@@ -125,8 +160,10 @@ impl Model {
     /// gradients of experts are zeros.
     ///
     /// # Panics
-    /// If the layout is for another number of ranks or experts, or `weights` has another length.
+    /// If the layout is for another number of ranks or experts, `weights` has another length, or the model is for
+    /// evaluation.
     pub fn set_experts(&mut self, experts: ExpertLayout, weights: Vec<f32>) {
+        assert_eq!(self.purpose, Purpose::Training, "experts move while they are trained");
         let (old, rank) = (&self.experts, self.moe.rank());
         assert_eq!((old.ranks(), old.experts()), (experts.ranks(), experts.experts()), "ranks and experts stay");
         self.layout = ParameterLayout::new(&self.config, experts.held_by(rank));
@@ -178,11 +215,14 @@ impl Model {
         (&self.compute, &self.layout, &mut self.parameters)
     }
 
-    /// How `layer` routed the last forward's tokens; `None` if it has no experts.
+    /// How `layer` routed the last forward's tokens; `None` if it has no experts, or the model is for evaluation.
     ///
     /// # Panics
-    /// If there is no such layer.
+    /// If there is no such layer in a model for training.
     pub fn routing(&self, layer: usize) -> Option<LayerRouting<'_>> {
+        if self.purpose == Purpose::Evaluation {
+            return None;
+        }
         match &self.layers[layer].feed_forward {
             FeedForward::Moe(moe) => Some(moe.routing(&self.moe.routes)),
             FeedForward::Dense(_) => None,
@@ -199,15 +239,21 @@ impl Model {
     ///
     /// # Errors
     /// If the batch does not fit the model, routing exceeds the limit of rows, or the job fails.
+    ///
+    /// # Panics
+    /// If the pass is for training and the model is not.
     pub fn forward(
         &mut self,
         comm: &mut Comm,
         batch: Batch<'_>,
         step: StepContext,
     ) -> Result<ForwardOutput, StepError> {
+        assert!(!step.training || self.purpose == Purpose::Training, "the model is for evaluation");
         self.batch.load(batch, &self.config, self.limits.max_tokens, self.limits.max_sequence_tokens)?;
         self.step = step;
         let Model { config, layout, compute, parameters, batch, residual, layers, moe, rotary, .. } = self;
+        let purpose = self.purpose;
+        let mut output = ForwardOutput::default();
         let mut pass = Pass { compute, config, layout, rotary: rotary.as_ref(), batch, step, comm, accumulate: false };
         let elements = pass.tokens() * config.hidden;
         let dense = &parameters.dense;
@@ -215,24 +261,37 @@ impl Model {
         moe.waiting.begin(pass.comm, layout);
         pass.embed(dense, &mut residual[0][..elements])?;
 
-        for (number, layer) in layers.iter_mut().enumerate() {
-            let [x, middle, y] = &mut residual[2 * number..2 * number + 3] else { unreachable!("three of a slice") };
+        for number in 0..config.layers {
+            let layer = &mut layers[purpose.buffers_of(config, number)];
+            let first = purpose.stream_of(number);
+            let [x, middle, y] = &mut residual[first..first + 3] else { unreachable!("three of a slice") };
             let (x, middle, y) = (&x[..elements], &mut middle[..elements], &mut y[..elements]);
+            layer.attention.set_layer(number);
             layer.attention.forward(&mut pass, dense, x, middle)?;
             match &mut layer.feed_forward {
-                FeedForward::Moe(layer) => layer.forward(&mut pass, moe, parameters, middle, y)?,
-                FeedForward::Dense(layer) => layer.forward(&mut pass, &mut moe.ffn, dense, middle, y)?,
+                FeedForward::Moe(layer) => {
+                    layer.set_layer(number);
+                    layer.forward(&mut pass, moe, parameters, middle, y)?;
+                    output.add_routing(layer.outcome(config), &step);
+                }
+                FeedForward::Dense(layer) => {
+                    layer.set_layer(number);
+                    layer.forward(&mut pass, &mut moe.ffn, dense, middle, y)?;
+                }
+            }
+            if purpose == Purpose::Evaluation {
+                residual.swap(0, 2);
             }
         }
-        self.forward_head(comm)
+        self.forward_head(comm, output)
     }
 
-    fn forward_head(&mut self, comm: &mut Comm) -> Result<ForwardOutput, StepError> {
-        let Model { config, layout, compute, parameters, batch, residual, layers, step, .. } = self;
+    fn forward_head(&mut self, comm: &mut Comm, mut output: ForwardOutput) -> Result<ForwardOutput, StepError> {
+        let Model { config, layout, compute, parameters, batch, residual, step, .. } = self;
         let (tokens, hidden, vocab) = (batch.tokens(), config.hidden, config.vocab);
         let mut pass = Pass { compute, config, layout, rotary: None, batch, step: *step, comm, accumulate: false };
         pass.work(WorkKind::Head, None, product_flops(tokens, vocab, hidden))?;
-        let x = &residual[2 * config.layers][..tokens * hidden];
+        let x = &residual[self.purpose.stream_of(config.layers)][..tokens * hidden];
         self.final_norm.forward(&pass, &layout.final_norm, &parameters.dense, x);
         let normed = Mat::new(self.final_norm.output(tokens), tokens, hidden);
         let weight = Mat::new(&parameters.dense[layout.lm_head.clone()], vocab, hidden);
@@ -246,18 +305,8 @@ impl Model {
             kernels::cross_entropy_forward(compute, logits, target, losses);
         }
 
-        let mut output = ForwardOutput {
-            loss_sum: losses.iter().map(|&loss| f64::from(loss)).sum(),
-            target_tokens: target.iter().filter(|&&target| target != IGNORED).count() as u64,
-            ..ForwardOutput::default()
-        };
-        for layer in layers {
-            if let FeedForward::Moe(moe) = &layer.feed_forward {
-                let (dropped, loss) = moe.outcome(config);
-                output.dropped_assignments += dropped;
-                output.router_loss += loss / step.micro_batches();
-            }
-        }
+        output.loss_sum = losses.iter().map(|&loss| f64::from(loss)).sum();
+        output.target_tokens = target.iter().filter(|&&target| target != IGNORED).count() as u64;
         Ok(output)
     }
 

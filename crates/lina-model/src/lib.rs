@@ -10,7 +10,7 @@
 //! | which token's row goes where? | `routing` |
 //! | what does a pass on a GPU launch? | `CudaModel` (`cuda`, with the feature of this name) |
 //! | what does a step of inference compute? | [`InferenceModel`] (`inference`), on a GPU `CudaInferenceModel` |
-//! | how much memory does a rank need? | [`memory_plan`] |
+//! | how much memory does a rank need? | [`memory_plan`]; less for an evaluation ([`Purpose`]) |
 //!
 //! The crate hands all-to-alls and gradients to a [`lina_comm::Comm`] and is told by it how many pipeline chunks to
 //! make and where weight gradients stand. It knows neither the policy that decides so nor the engine that carries it
@@ -34,6 +34,7 @@ mod moe;
 mod norm;
 mod params;
 mod pass;
+mod purpose;
 mod routing;
 mod waiting;
 
@@ -57,3 +58,4 @@ pub use inference::{
 pub use memory::{MemoryPart, memory_plan};
 pub use moe::{LayerRouting, RouterLosses};
 pub use params::{Buffer, Parameter, ParameterLayout, Parameters, Place};
+pub use purpose::Purpose;

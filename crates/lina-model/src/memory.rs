@@ -9,6 +9,7 @@ use crate::ffn::DenseFfn;
 use crate::moe::Moe;
 use crate::norm::Norm;
 use crate::params::ParameterLayout;
+use crate::purpose::Purpose;
 
 /// One part of a rank's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,12 +20,18 @@ pub struct MemoryPart {
     pub bytes: usize,
 }
 
-/// What a [`Model`](crate::Model) on `rank` holds when all ranks' passes have `max_tokens` tokens and routing is
+/// What a [`Model`](crate::Model) for `purpose` on `rank` holds when all ranks' passes have `max_tokens` tokens and routing is
 /// balanced: assignments go evenly to experts. Optimizer state is not included.
-pub fn memory_plan(config: &ModelConfig, experts: &ExpertLayout, rank: usize, limits: ModelLimits) -> Vec<MemoryPart> {
+pub fn memory_plan(
+    config: &ModelConfig,
+    experts: &ExpertLayout,
+    rank: usize,
+    limits: ModelLimits,
+    purpose: Purpose,
+) -> Vec<MemoryPart> {
     let layout = ParameterLayout::new(config, experts.held_by(rank));
     let parameters = layout.dense_len() + layout.experts_len();
-    let [activations, logits, scratch] = fixed_elements(config, limits);
+    let [activations, logits, scratch] = fixed_elements(config, limits, purpose);
     let ranks = experts.ranks();
     let sent = if config.moe_layers() > 0 { limits.max_tokens * config.top_k } else { 0 };
     let served: usize = (0..ranks)
@@ -33,35 +40,45 @@ pub fn memory_plan(config: &ModelConfig, experts: &ExpertLayout, rank: usize, li
     let received = (sent as u128 * served as u128).div_ceil(config.experts as u128) as usize;
     let (hidden, inner) = (config.hidden, config.expert_hidden);
     let input_width = config.ffn.input_matrices() * inner;
-    let saved = config.moe_layers() * (received * (hidden + input_width) + sent * hidden);
+    let backward = usize::from(purpose == Purpose::Training);
+    let [moe_layers, _] = buffered_layers(config, purpose);
+    let saved = moe_layers * (received * (hidden + input_width) + sent * hidden);
     let dense_tokens = if config.dense_layers.is_empty() { 0 } else { limits.max_tokens };
     let units = (received * inner).max(dense_tokens * config.dense_hidden);
-    let network = (2 + config.ffn.input_matrices()) * units;
+    // The hidden units; backward their gradients and those of their inputs.
+    let network = (1 + backward * (1 + config.ffn.input_matrices())) * units;
     // Dispatch and combine take turns with the same exchanges, one for each chunk under way. One rank has none, and
     // needs a place for the gradients of the experts' inputs instead.
     let (grad_inputs, exchanged) =
-        if ranks == 1 { (received * hidden, 0) } else { (0, 2 * sent.max(received) * hidden) };
+        if ranks == 1 { (backward * received * hidden, 0) } else { (0, 2 * sent.max(received) * hidden) };
     [
         ("parameters", parameters),
-        ("gradients", parameters),
+        ("gradients", backward * parameters),
         ("activations", activations),
         ("expert activations", saved),
         ("logits", logits),
-        ("scratch", scratch + network + received * hidden + grad_inputs),
+        ("scratch", scratch + network + backward * received * hidden + grad_inputs),
         ("exchange buffers", exchanged),
     ]
     .map(|(name, elements)| MemoryPart { name, bytes: elements * size_of::<f32>() })
     .to_vec()
 }
 
+/// How many MoE layers and how many dense ones have buffers.
+fn buffered_layers(config: &ModelConfig, purpose: Purpose) -> [usize; 2] {
+    let layers = purpose.buffered_layers(config);
+    let moe_layers = layers.iter().filter(|&&layer| config.is_moe(layer)).count();
+    [moe_layers, layers.len() - moe_layers]
+}
+
 /// Elements of the buffers that do not depend on routing: activations, logits, scratch.
-fn fixed_elements(config: &ModelConfig, limits: ModelLimits) -> [usize; 3] {
+fn fixed_elements(config: &ModelConfig, limits: ModelLimits, purpose: Purpose) -> [usize; 3] {
     let tokens = limits.max_tokens;
     let stream = tokens * config.hidden;
-    let dense_layers = config.dense_layers.len();
-    let activations = (2 * config.layers + 1) * stream
-        + config.layers * Attention::elements(config, tokens)
-        + config.moe_layers() * Moe::elements(config, tokens)
+    let [moe_layers, dense_layers] = buffered_layers(config, purpose);
+    let activations = purpose.streams(config) * stream
+        + (moe_layers + dense_layers) * Attention::elements(config, tokens)
+        + moe_layers * Moe::elements(config, tokens)
         + dense_layers * DenseFfn::elements(config, tokens)
         + Norm::elements(config, tokens);
     let jitter = if config.router.jitter > 0.0 { stream } else { 0 };
@@ -71,6 +88,10 @@ fn fixed_elements(config: &ModelConfig, limits: ModelLimits) -> [usize; 3] {
     };
     // The gradient of the residual stream and of a norm's output, and per token the router's and the loss.
     let router = tokens * (config.experts + config.top_k);
-    let scratch = 2 * stream + AttentionScratch::elements(config, tokens) + router + tokens + jitter + rotary;
+    let backward = match purpose {
+        Purpose::Training => 2 * stream + AttentionScratch::elements(config, tokens),
+        Purpose::Evaluation => 0,
+    };
+    let scratch = backward + router + tokens + jitter + rotary;
     [activations, tokens * config.vocab, scratch]
 }

@@ -191,6 +191,11 @@ impl Moe {
         }
     }
 
+    /// Works for another layer from here on: what a forward left for its backward is lost.
+    pub fn set_layer(&mut self, layer: usize) {
+        self.layer = layer;
+    }
+
     /// How the last forward routed.
     pub fn routing<'a>(&'a self, routes: &'a Routes) -> LayerRouting<'a> {
         let expert_index = Some(&self.expert_index[..self.plan.position.len()]);

@@ -218,10 +218,19 @@ impl Parameters {
     /// Zeros for `layout`.
     pub fn zeros(layout: &ParameterLayout) -> Self {
         Parameters {
-            dense: vec![0.0; layout.dense_len()],
-            experts: vec![0.0; layout.experts_len()],
             dense_gradients: SharedBuffer::zeros(layout.dense_len()),
             expert_gradients: SharedBuffer::zeros(layout.experts_len()),
+            ..Self::without_gradients(layout)
+        }
+    }
+
+    /// Zeros for `layout`, without gradients.
+    pub fn without_gradients(layout: &ParameterLayout) -> Self {
+        Parameters {
+            dense: vec![0.0; layout.dense_len()],
+            experts: vec![0.0; layout.experts_len()],
+            dense_gradients: SharedBuffer::zeros(0),
+            expert_gradients: SharedBuffer::zeros(0),
         }
     }
 

@@ -9,8 +9,8 @@ use lina_cuda::testing::{gpu, random, relative_error};
 use lina_cuda::{DType, Gpu};
 use lina_kernels::Compute;
 use lina_model::{
-    AuxLoss, Batch, Checkpoint, CudaModel, FfnKind, Model, ModelConfig, ModelKind, ModelLimits, ParameterLayout,
-    Parameters, Sizes, StepContext,
+    AuxLoss, Batch, Checkpoint, CudaModel, DeviceWeights, FfnKind, Model, ModelConfig, ModelKind, ModelLimits,
+    ParameterLayout, Parameters, Purpose, Sizes, StepContext,
 };
 use lina_plan::ExpertLayout;
 
@@ -202,6 +202,57 @@ fn every_family_is_that_of_the_processor() {
     config.clip_qkv = Some(0.8);
     config.router.z_loss_coefficient = 0.2;
     compare("olmoe", &config, DType::F32, &[5, 8], 1e-4);
+}
+
+#[test]
+fn an_evaluation_computes_what_training_does() {
+    for dtype in [DType::F32, DType::Bf16] {
+        let sizes = Sizes { vocab: 512, hidden: 256, layers: 4, heads: 4, experts: 8, top_k: 2, expert_hidden: 192 };
+        let mut config = ModelConfig::family(ModelKind::Qwen3Moe, sizes);
+        config.dense_layers = vec![1, 3];
+        config.dense_hidden = 320;
+        config.router.aux_loss = AuxLoss::Switch;
+        config.router.aux_loss_coefficient = 0.3;
+        config.router.z_loss_coefficient = 0.2;
+        let limits = ModelLimits { max_tokens: 200, max_sequence_tokens: 80, max_expert_rows: None };
+        let outcomes = [CudaModel::new, CudaModel::for_evaluation].map(|make| {
+            let gpu = gpu()?;
+            let mut comm = Comm::solo();
+            comm.set_device(DeviceClock::new(&gpu).unwrap());
+            let experts = ExpertLayout::new(config.experts, 1, None).unwrap();
+            let mut model = make(gpu, config.clone(), experts, 0, dtype, limits).unwrap();
+            let mut parameters = Parameters::without_gradients(model.layout());
+            parameters.initialise(model.layout(), 42);
+            model.load(&parameters).unwrap();
+            // The second batch is shorter: what the first one left must not matter.
+            Some([&[50, 80, 70][..], &[33, 61]].map(|sequences| {
+                let input: Vec<u32> =
+                    (0..sequences.iter().sum::<usize>() as u32).map(|i| (i * 7 + i * i) % 512).collect();
+                let batch = Batch { input: &input, target: &input, sequences };
+                let output = model.forward(&mut comm, batch, StepContext::evaluation()).unwrap();
+                (output, model.logits().unwrap().unwrap())
+            }))
+        });
+        let [Some(expected), Some(found)] = outcomes else { return };
+        assert!(expected[0].0.router_loss > 0.0);
+        assert_eq!(found, expected, "{dtype:?}");
+    }
+}
+
+#[test]
+fn an_evaluation_holds_experts_once() {
+    let config = ModelConfig::family(ModelKind::Mixtral, SMALL);
+    let experts = ExpertLayout::new(config.experts, 1, None).unwrap();
+    let layout = ParameterLayout::new(&config, experts.held_by(0));
+    let (dense, experts) = (layout.dense_len(), layout.experts_len());
+    for (dtype, purpose, bytes) in [
+        (DType::F32, Purpose::Training, 4 * dense + 4 * experts),
+        (DType::F32, Purpose::Evaluation, 4 * dense + 4 * experts),
+        (DType::Bf16, Purpose::Training, 6 * dense + 6 * experts),
+        (DType::Bf16, Purpose::Evaluation, 6 * dense + 2 * experts),
+    ] {
+        assert_eq!(DeviceWeights::bytes(&layout, dtype, purpose), bytes, "{dtype:?} {purpose:?}");
+    }
 }
 
 #[test]

@@ -50,10 +50,13 @@ fn continuations(name: &str) -> Vec<(Vec<u32>, Vec<u32>)> {
 
 const LIMITS: InferenceLimits = InferenceLimits { max_tokens: 160, max_sequence_tokens: 64, pages: 12 };
 
+/// With tokens that are verified the host settles where rows go, without them the device does in steps of few tokens.
+const VERIFICATIONS: [Option<u64>; 2] = [Some(2), None];
+
 /// A model on a GPU of its own, all experts in their slots.
-fn alone(gpu: Gpu, weights: &Arc<InferenceWeights>, dtype: DType) -> CudaInferenceModel {
+fn alone(gpu: Gpu, weights: &Arc<InferenceWeights>, dtype: DType, verify_every: Option<u64>) -> CudaInferenceModel {
     let rank = DeviceRank { rank: 0, ranks: 1, route: RowRoute::Hosts, dtype };
-    let experts = ExpertOptions { verify_every: Some(2), ..ExpertOptions::fixed(weights.config()) };
+    let experts = ExpertOptions { verify_every, ..ExpertOptions::fixed(weights.config()) };
     CudaInferenceModel::new(gpu, rank, weights.clone(), LIMITS, experts, &SharedExperts::default()).unwrap()
 }
 
@@ -85,9 +88,11 @@ fn go_on(model: &mut CudaInferenceModel, comm: &mut Comm, prompts: &[Vec<u32>], 
 
 #[test]
 fn models_go_on_as_transformers_does() {
-    for name in ["mixtral", "qwen3_moe", "olmoe"] {
+    for (name, verify_every) in
+        ["mixtral", "qwen3_moe", "olmoe"].iter().flat_map(|name| VERIFICATIONS.map(|v| (*name, v)))
+    {
         let Some(gpu) = gpu() else { return };
-        let (mut model, mut comm) = (alone(gpu, &loaded(name), DType::F32), Comm::solo());
+        let (mut model, mut comm) = (alone(gpu, &loaded(name), DType::F32, verify_every), Comm::solo());
         let expected = continuations(name);
         let steps = expected.iter().map(|(_, continuation)| continuation.len()).max().unwrap();
         let prompts: Vec<Vec<u32>> = expected.iter().map(|(prompt, _)| prompt.clone()).collect();
@@ -188,12 +193,15 @@ fn logits_are_those_of_the_processor_however_a_sequence_is_cut() {
     let fixtures = ["mixtral", "olmoe", "olmoe_clip_sharded", "qwen3_moe"].map(|name| (name, loaded(name)));
     let initial = families().into_iter().map(|(name, config)| (name, Arc::new(InferenceWeights::initial(config, 3))));
     for (name, weights) in fixtures.into_iter().chain(initial) {
-        let Some(gpu) = gpu() else { return };
-        let mut model = alone(gpu, &weights, DType::F32);
         let whole = host_logits(&weights, &[40], Gate::Own);
-        for pieces in [vec![40], vec![13, 1, 1, 25], vec![1; 40]] {
-            let found = device_logits(&mut model, &pieces);
-            assert_close(&format!("{name} in {} pieces", pieces.len()), &found, &whole);
+        for verify_every in VERIFICATIONS {
+            let Some(gpu) = gpu() else { return };
+            let mut model = alone(gpu, &weights, DType::F32, verify_every);
+            // Twice: what has been recorded meanwhile says the same.
+            for pieces in [vec![40], vec![13, 1, 1, 25], vec![1; 40], vec![40], vec![1; 40]] {
+                let found = device_logits(&mut model, &pieces);
+                assert_close(&format!("{name} in {} pieces", pieces.len()), &found, &whole);
+            }
         }
     }
 }
@@ -242,7 +250,7 @@ fn experts_that_move_change_no_token() {
     let name = "qwen3_moe";
     let weights = loaded(name);
     // Kernels are compiled once, before ranks would all do so at the same time; the device stays open meanwhile.
-    let mut reference = alone(gpu, &weights, DType::F32);
+    let mut reference = alone(gpu, &weights, DType::F32, Some(2));
     device_logits(&mut reference, &[40]);
     let (config, expected) = (weights.config(), continuations(name));
     let prompts: Vec<Vec<u32>> = expected.iter().map(|(prompt, _)| prompt.clone()).collect();
@@ -286,20 +294,23 @@ fn experts_that_move_change_no_token() {
 fn bf16_is_close_to_the_processor() {
     let sizes = Sizes { vocab: 512, hidden: 256, layers: 2, heads: 4, experts: 8, top_k: 2, expert_hidden: 192 };
     for kind in [ModelKind::Mixtral, ModelKind::Qwen3Moe, ModelKind::Olmoe, ModelKind::LinaMoe] {
-        let Some(gpu) = gpu() else { return };
         let mut config = ModelConfig::family(kind, sizes);
         if matches!(kind, ModelKind::Mixtral | ModelKind::Qwen3Moe) {
             config.kv_heads = 2;
         }
-        let weights = Arc::new(InferenceWeights::initial(config, 7));
-        let mut model = alone(gpu, &weights, DType::Bf16);
-        // A gate that no token's rounding sways: it goes by the token's number in the step.
-        model.set_gate(Gate::Even);
-        for pieces in [vec![40], vec![30, 1, 9]] {
-            let expected = host_logits(&weights, &pieces, Gate::Even);
-            let error = relative_error(&device_logits(&mut model, &pieces), &expected);
-            println!("{kind}: bf16 logits differ by {error:.1e}");
-            assert!(error < 3e-2, "{kind}: bf16 logits differ by {error}");
+        // Gates that no token's rounding sways: one goes by the token's number in the step, the other takes all experts.
+        for (gate, top_k) in [(Gate::Even, config.top_k), (Gate::Own, config.experts)] {
+            let Some(gpu) = gpu() else { return };
+            let config = ModelConfig { top_k, ..config.clone() };
+            let weights = Arc::new(InferenceWeights::initial(config, 7));
+            let mut model = alone(gpu, &weights, DType::Bf16, None);
+            model.set_gate(gate.clone());
+            for pieces in [vec![40], vec![30, 1, 9], vec![1; 40]] {
+                let expected = host_logits(&weights, &pieces, gate.clone());
+                let error = relative_error(&device_logits(&mut model, &pieces), &expected);
+                println!("{kind}, {top_k} experts a token: bf16 logits differ by {error:.1e}");
+                assert!(error < 3e-2, "{kind}: bf16 logits differ by {error}");
+            }
         }
     }
 }

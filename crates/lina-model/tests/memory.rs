@@ -8,7 +8,7 @@ use std::time::Duration;
 use lina_comm::Comm;
 use lina_comm::local::{LocalConfig, LocalJob};
 use lina_kernels::Compute;
-use lina_model::{Batch, Model, ModelConfig, ModelKind, ModelLimits, Sizes, StepContext, memory_plan};
+use lina_model::{Batch, Model, ModelConfig, ModelKind, ModelLimits, Purpose, Sizes, StepContext, memory_plan};
 use lina_plan::{ExpertLayout, Policy, PolicyRules, PolicySettings};
 
 /// Counts live bytes and allocations over 4 KiB.
@@ -76,12 +76,39 @@ fn one_rank_takes_what_the_plan_says_and_then_allocates_nothing_large() {
         let mut comm = Comm::solo();
         step(&mut model, &mut comm, 0);
         let found = (LIVE_BYTES.load(Ordering::Relaxed) - before) as f64;
-        let plan: usize = memory_plan(&config, &layout, 0, LIMITS).iter().map(|part| part.bytes).sum();
+        let plan: usize =
+            memory_plan(&config, &layout, 0, LIMITS, Purpose::Training).iter().map(|part| part.bytes).sum();
         assert!((found / plan as f64 - 1.0).abs() < 0.1, "{kind}: {found} bytes, planned {plan}");
 
         let large = LARGE.load(Ordering::Relaxed);
         step(&mut model, &mut comm, 1);
         assert_eq!(LARGE.load(Ordering::Relaxed), large, "{kind}");
+    }
+}
+
+#[test]
+fn an_evaluation_takes_what_the_plan_says_and_no_gradients() {
+    let _turn = TURN.lock();
+    for (kind, dense_layers) in
+        [(ModelKind::Mixtral, vec![]), (ModelKind::Qwen3Moe, vec![0, 2]), (ModelKind::LinaMoe, vec![])]
+    {
+        let config = ModelConfig { dense_layers, dense_hidden: 128, ..config(kind) };
+        let layout = ExpertLayout::new(8, 1, None).unwrap();
+        let before = LIVE_BYTES.load(Ordering::Relaxed);
+        let mut model = Model::for_evaluation(config.clone(), layout.clone(), 0, Compute::new(1), LIMITS).unwrap();
+        let (_, places, parameters) = model.for_update();
+        parameters.initialise(places, 1);
+        let ids: Vec<u32> = (0..512).map(|i| (i * 37 + i * i * 11) % 256).collect();
+        let batch = Batch { input: &ids, target: &ids, sequences: &[128; 4] };
+        let mut comm = Comm::solo();
+        model.forward(&mut comm, batch, StepContext::evaluation()).unwrap();
+        let found = (LIVE_BYTES.load(Ordering::Relaxed) - before) as f64;
+        let plan = |purpose| -> usize {
+            memory_plan(&config, &layout, 0, LIMITS, purpose).iter().map(|part| part.bytes).sum()
+        };
+        let (planned, training) = (plan(Purpose::Evaluation), plan(Purpose::Training));
+        assert!((found / planned as f64 - 1.0).abs() < 0.1, "{kind}: {found} bytes, planned {planned}");
+        assert!(2 * planned < training, "{kind}: {planned} bytes, in training {training}");
     }
 }
 
@@ -115,7 +142,7 @@ fn several_ranks_take_what_the_plan_says() {
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         let found = (LIVE_BYTES.load(Ordering::Relaxed) - before) as f64;
-        let plans = (0..models.len()).flat_map(|rank| memory_plan(&config, &layout, rank, LIMITS));
+        let plans = (0..models.len()).flat_map(|rank| memory_plan(&config, &layout, rank, LIMITS, Purpose::Training));
         let plan: usize = plans.map(|part| part.bytes).sum();
         assert!((found / plan as f64 - 1.0).abs() < 0.1, "{ranks} ranks: {found} bytes, planned {plan}");
     }

@@ -111,16 +111,18 @@ pub(crate) fn prepared_worker<'a>(
     experts: &ExpertLayout,
     comm: &mut Comm,
 ) -> Result<Worker<'a>, TrainError> {
-    let mut worker = Worker::new(config, data, experts, comm)?;
-    match &config.model_folder() {
-        Some(folder) => crate::checkpoint::load(&mut worker, folder, false)?,
-        None => {
-            let (_, layout, parameters) = worker.model.for_update();
-            parameters.initialise(layout, config.train.seed);
+    comm.busy(|comm| {
+        let mut worker = Worker::new(config, data, experts, comm)?;
+        match &config.model_folder() {
+            Some(folder) => crate::checkpoint::load(&mut worker, folder, false)?,
+            None => {
+                let (_, layout, parameters) = worker.model.for_update();
+                parameters.initialise(layout, config.train.seed);
+            }
         }
-    }
-    worker.load_device()?;
-    Ok(worker)
+        worker.load_device()?;
+        Ok(worker)
+    })
 }
 
 /// The middle value, between the middle two of an even number; 0 of none.

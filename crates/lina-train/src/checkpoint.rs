@@ -144,7 +144,7 @@ pub(crate) fn save(
     let target = out.join(format!("checkpoint-{}", state.step));
     comm.begin_evaluation(state.step)?;
     if comm.rank() == 0 {
-        write(worker, comm, &target, state, tokenizer)?;
+        comm.busy(|comm| write(worker, comm, &target, state, tokenizer))?;
     } else {
         for kept in Kept::ALL {
             for parameter in worker.model.layout().parameters() {

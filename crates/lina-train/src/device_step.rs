@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use lina_comm::Comm;
+use lina_cuda::Launch;
 use lina_plan::ExpertLayout;
 use lina_report::{Align, Table};
 use serde::Serialize;
@@ -25,6 +26,25 @@ pub struct KernelTime {
     pub launches: usize,
     /// Their time.
     pub ms: f64,
+}
+
+impl KernelTime {
+    /// What each kernel takes of a step whose launches these are, longest first.
+    pub fn of_step(launches: &[Launch]) -> Vec<KernelTime> {
+        let mut kernels: Vec<KernelTime> = Vec::new();
+        for Launch { name, start_ms, end_ms } in launches {
+            let ms = end_ms - start_ms;
+            match kernels.iter_mut().find(|kernel| kernel.name == *name) {
+                Some(kernel) => {
+                    kernel.launches += 1;
+                    kernel.ms += ms;
+                }
+                None => kernels.push(KernelTime { name: name.clone(), launches: 1, ms }),
+            }
+        }
+        kernels.sort_by(|a, b| b.ms.total_cmp(&a.ms));
+        kernels
+    }
 }
 
 /// A step on one GPU.
@@ -113,15 +133,9 @@ pub(crate) fn bench_device_step(config: &RunConfig, rounds: usize) -> Result<Dev
         steps.push(plain);
         timed_steps.push(timed);
         gaps.push((timed - busy).max(0.0));
-        let mut of_step: HashMap<&str, (usize, f64)> = HashMap::new();
-        for launch in &launches {
-            let (count, ms) = of_step.entry(&launch.name).or_default();
-            *count += 1;
-            *ms += launch.end_ms - launch.start_ms;
-        }
-        for (name, (count, ms)) in of_step {
-            let (launches, times) = kernels.entry(name.to_owned()).or_default();
-            *launches = count;
+        for KernelTime { name, launches, ms } in KernelTime::of_step(&launches) {
+            let (count, times) = kernels.entry(name).or_default();
+            *count = launches;
             times.push(ms);
         }
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use lina_comm::Comm;
 use lina_data::{EvalWindows, Sources, TokenStream, Tokenizer};
 use lina_kernels::Compute;
-use lina_model::{Batch, Checkpoint, ForwardOutput, Model, ModelConfig, ModelLimits, StepContext};
+use lina_model::{Batch, Checkpoint, ForwardOutput, Model, ModelConfig, ModelLimits, Purpose, StepContext};
 #[cfg(feature = "cuda")]
 use lina_model::{CudaModel, Parameters};
 use lina_plan::{ExpertLayout, Policy, PolicyRules, PolicySettings, share_range};
@@ -16,6 +16,8 @@ use crate::config::check::{MAX_RANKS, MAX_THREADS};
 use crate::config::{ClusterConfig, Engine, Scalar};
 use crate::job::run_job;
 use crate::memory::MemoryPlan;
+#[cfg(feature = "cuda")]
+use crate::replica::{check_memory, needed_bytes};
 
 /// What `lina eval` is asked for.
 #[derive(Clone, Debug)]
@@ -93,14 +95,18 @@ pub fn eval(options: EvalOptions) -> Result<EvalSummary, TrainError> {
     let limits = ModelLimits { max_tokens: per_rank * window, max_sequence_tokens: window, max_expert_rows: None };
     let data_bytes = (stream.len() * size_of::<u32>()) as u64;
     let advice = "lower --seq-tokens or evaluate a smaller model";
-    MemoryPlan::of_forward(&config, &experts, limits, data_bytes).check_or(advice, None)?;
+    let memory = match options.gpu {
+        None => MemoryPlan::of_forward(&config, &experts, limits, data_bytes),
+        Some(_) => MemoryPlan::beside_gpu(&config, &experts, data_bytes, Purpose::Evaluation),
+    };
+    memory.check_or(advice, None)?;
 
     let job = |comm: &mut Comm| -> Result<[f64; 2], TrainError> {
         let (rank, ranks) = (comm.rank(), comm.ranks());
-        let mut model = match options.gpu {
-            None => Evaluated::on_host(&options, &config, &experts, limits, rank, &cluster)?,
-            Some(dtype) => Evaluated::on_gpu(&options, &config, &experts, limits, comm, dtype)?,
-        };
+        let mut model = comm.busy(|comm| match options.gpu {
+            None => Evaluated::on_host(&options, &config, &experts, limits, rank, &cluster),
+            Some(dtype) => Evaluated::on_gpu(&options, &config, &experts, limits, comm, dtype),
+        })?;
         let (mut input, mut target, mut sequences) = (Vec::new(), Vec::new(), Vec::new());
         let mut sums = [0.0; 2];
         comm.begin_evaluation(0)?;
@@ -166,7 +172,7 @@ impl Evaluated {
     ) -> Result<Self, TrainError> {
         let compute = Compute::new(cluster.threads_of(experts.ranks()));
         let mut model =
-            Model::new(config.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
+            Model::for_evaluation(config.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
         let (_, layout, parameters) = model.for_update();
         Checkpoint::open(&options.model)?.load(layout, parameters)?;
         Ok(Evaluated::Host(Box::new(model)))
@@ -183,8 +189,10 @@ impl Evaluated {
     ) -> Result<Self, TrainError> {
         let gpu = lina_cuda::Gpu::open(crate::nccl_job::rank_device()?)?;
         comm.set_device(lina_comm::DeviceClock::new(&gpu)?);
-        let mut model = CudaModel::new(gpu, config.clone(), experts.clone(), comm.rank(), dtype.into(), limits)?;
-        let mut parameters = Parameters::zeros(model.layout());
+        let (rank, dtype) = (comm.rank(), dtype.into());
+        check_memory(&gpu, needed_bytes(config, experts, rank, dtype, Purpose::Evaluation, limits))?;
+        let mut model = CudaModel::for_evaluation(gpu, config.clone(), experts.clone(), rank, dtype, limits)?;
+        let mut parameters = Parameters::without_gradients(model.layout());
         Checkpoint::open(&options.model)?.load(model.layout(), &mut parameters)?;
         model.load(&parameters)?;
         Ok(Evaluated::Cuda(Box::new(model)))

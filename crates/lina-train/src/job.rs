@@ -142,6 +142,18 @@ fn run_process<R>(
     }
 }
 
+/// Runs `rank_main` on the only rank that this process has, whose handle is `comm`.
+#[cfg(any(feature = "mpi", feature = "cuda"))]
+pub(crate) fn run_this_rank<R>(
+    mut comm: Comm,
+    rank_main: impl Fn(&mut Comm) -> Result<R, TrainError>,
+) -> Result<JobOutcome<R>, TrainError> {
+    let result = run_rank(comm.rank(), &mut comm, rank_main);
+    // What is left to do needs no other rank.
+    drop(comm);
+    Ok(JobOutcome { ranks: vec![result?], bounds: Vec::new() })
+}
+
 /// Gives the rank's device memory of its own, where the configuration does.
 pub(crate) fn emulate_copies(cluster: &ClusterConfig, comm: &mut Comm) {
     if let Some(device) = cluster.device.filter(|device| device.memory_gib.is_some()) {
@@ -150,7 +162,7 @@ pub(crate) fn emulate_copies(cluster: &ClusterConfig, comm: &mut Comm) {
 }
 
 /// Runs `rank_main` on its rank, and tells the other ranks if it fails.
-pub(crate) fn run_rank<R>(
+fn run_rank<R>(
     rank: usize,
     comm: &mut Comm,
     rank_main: impl Fn(&mut Comm) -> Result<R, TrainError>,

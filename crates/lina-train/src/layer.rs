@@ -3,13 +3,13 @@
 
 use std::str::FromStr;
 
-use lina_cuda::{DType, Gpu};
+use lina_cuda::Gpu;
 use lina_model::{CudaMoeLayer, ModelConfig, ModelKind, Sizes};
 use lina_report::{Align, Table};
 use serde::Serialize;
 
-use crate::TrainError;
 use crate::bench::median;
+use crate::{Scalar, TrainError};
 
 /// Sizes of a layer and its batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -73,7 +73,7 @@ pub struct LayerSummary {
     /// Name of the GPU.
     pub gpu: String,
     /// How activations and weights are stored.
-    pub dtype: &'static str,
+    pub dtype: Scalar,
     /// A row a shape.
     pub layers: Vec<LayerRow>,
 }
@@ -95,7 +95,7 @@ impl LayerSummary {
             ];
             table.row(sizes.into_iter().chain(times));
         }
-        format!("{}, {}\n\n{}", self.gpu, self.dtype, table.render())
+        format!("{}, {}\n\n{}", self.gpu, self.dtype.name(), table.render())
     }
 }
 
@@ -109,7 +109,7 @@ const WARM_UP: usize = 5;
 pub fn bench_layer(
     ordinal: usize,
     shapes: &[LayerShape],
-    dtype: DType,
+    dtype: Scalar,
     runs: usize,
 ) -> Result<LayerSummary, TrainError> {
     let mut name = String::new();
@@ -122,7 +122,7 @@ pub fn bench_layer(
         let mut config = ModelConfig::family(ModelKind::Mixtral, sizes);
         // Attention is not computed, but a plan is made for its heads.
         (config.head_dim, config.max_positions) = (64, tokens);
-        let mut layer = CudaMoeLayer::new(gpu, config, dtype, tokens)?;
+        let mut layer = CudaMoeLayer::new(gpu, config, dtype.into(), tokens)?;
         let forward_ms = median_ms(&mut layer, false, runs)?;
         let step_ms = median_ms(&mut layer, true, runs)?;
         let tflop = layer.forward_flops() as f64 / 1e12;
@@ -134,7 +134,7 @@ pub fn bench_layer(
             step_tflops: 3.0 * tflop * 1e3 / step_ms,
         });
     }
-    Ok(LayerSummary { gpu: name, dtype: dtype.suffix(), layers })
+    Ok(LayerSummary { gpu: name, dtype, layers })
 }
 
 fn median_ms(layer: &mut CudaMoeLayer, backward: bool, runs: usize) -> Result<f64, TrainError> {

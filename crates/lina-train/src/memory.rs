@@ -1,6 +1,6 @@
 //! What a run takes in memory: predicted before anything is allocated, measured at the end.
 
-use lina_model::{ModelConfig, ModelLimits, ParameterLayout, memory_plan};
+use lina_model::{ModelConfig, ModelLimits, ParameterLayout, Purpose, memory_plan};
 use lina_plan::ExpertLayout;
 use lina_report::{Align, Table};
 use serde::Serialize;
@@ -31,9 +31,9 @@ impl MemoryPlan {
     /// Predicts what `config` takes on the ranks of `experts`, with `data_bytes` of tokens and text.
     pub(crate) fn new(config: &RunConfig, experts: &ExpertLayout, data_bytes: u64) -> Self {
         if config.cluster.engine.has_gpus() {
-            return Self::beside_gpu(config, experts, data_bytes);
+            return Self::beside_gpu(&config.model, experts, data_bytes, Purpose::Training);
         }
-        Self::of_ranks(&config.model, experts, model_limits(config, experts.ranks()), data_bytes, true)
+        Self::of_ranks(&config.model, experts, model_limits(config, experts.ranks()), data_bytes, Purpose::Training)
     }
 
     /// Predicts what forward passes alone take.
@@ -43,15 +43,20 @@ impl MemoryPlan {
         limits: ModelLimits,
         data_bytes: u64,
     ) -> Self {
-        Self::of_ranks(model, experts, limits, data_bytes, false)
+        Self::of_ranks(model, experts, limits, data_bytes, Purpose::Evaluation)
     }
 
-    /// What this process's rank takes beside its GPU: the weights and moments that checkpoints are made of.
-    fn beside_gpu(config: &RunConfig, experts: &ExpertLayout, data_bytes: u64) -> Self {
+    /// Predicts what this process's rank takes beside its GPU: the weights that come from a folder, and in training the
+    /// moments that checkpoints have too.
+    pub(crate) fn beside_gpu(model: &ModelConfig, experts: &ExpertLayout, data_bytes: u64, purpose: Purpose) -> Self {
         let rank = launched_rank().unwrap_or(0).min(experts.ranks() - 1);
-        let layout = ParameterLayout::new(&config.model, experts.held_by(rank));
+        let layout = ParameterLayout::new(model, experts.held_by(rank));
         let bytes = ((layout.dense_len() + layout.experts_len()) * size_of::<f32>()) as u64;
-        Self::of_parts(&[("parameters", bytes), ("optimizer state", 2 * bytes), ("data", data_bytes)])
+        let mut parts = vec![("parameters", bytes), ("data", data_bytes)];
+        if purpose == Purpose::Training {
+            parts.push(("optimizer state", 2 * bytes));
+        }
+        Self::of_parts(&parts)
     }
 
     fn of_ranks(
@@ -59,7 +64,7 @@ impl MemoryPlan {
         experts: &ExpertLayout,
         limits: ModelLimits,
         data_bytes: u64,
-        training: bool,
+        purpose: Purpose,
     ) -> Self {
         let mut parts: Vec<(String, u64)> = Vec::new();
         let mut add = |name: &str, bytes: u64| match parts.iter_mut().find(|(part, _)| part == name) {
@@ -68,14 +73,12 @@ impl MemoryPlan {
         };
         let mut uneven_routing_bytes = 0;
         for rank in 0..experts.ranks() {
-            for part in memory_plan(model, experts, rank, limits) {
+            for part in memory_plan(model, experts, rank, limits, purpose) {
                 if UNEVEN_PARTS.contains(&part.name) {
                     uneven_routing_bytes += part.bytes as u64 / 2;
                 }
-                if training || part.name != "gradients" {
-                    add(part.name, part.bytes as u64);
-                }
-                if training && part.name == "parameters" {
+                add(part.name, part.bytes as u64);
+                if purpose == Purpose::Training && part.name == "parameters" {
                     add("optimizer state", 2 * part.bytes as u64);
                 }
             }

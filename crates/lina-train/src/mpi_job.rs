@@ -8,7 +8,7 @@ use lina_plan::{ExpertLayout, PolicyRules};
 
 use crate::TrainError;
 use crate::config::ClusterConfig;
-use crate::job::{JobOutcome, LAST_WORDS, emulate_copies, run_rank};
+use crate::job::{JobOutcome, LAST_WORDS, emulate_copies, run_this_rank};
 
 /// Runs `rank_main` on this process's rank. `identity` must be the same text on all ranks.
 ///
@@ -35,9 +35,5 @@ pub(crate) fn run<R>(
     };
     let (_, mut comm) = MpiJob::start(config, rules).map_err(TrainError::input)?;
     emulate_copies(cluster, &mut comm);
-    let rank = comm.rank();
-    let result = run_rank(rank, &mut comm, &rank_main);
-    // What is left to do needs no other rank.
-    drop(comm);
-    Ok(JobOutcome { ranks: vec![result?], bounds: Vec::new() })
+    run_this_rank(comm, rank_main)
 }

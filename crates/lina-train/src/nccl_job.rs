@@ -9,7 +9,7 @@ use lina_plan::{ExpertLayout, PolicyRules};
 
 use crate::TrainError;
 use crate::config::ClusterConfig;
-use crate::job::{JobOutcome, LAST_WORDS, run_rank};
+use crate::job::{JobOutcome, LAST_WORDS, run_this_rank};
 
 /// The number of the GPU that this process's rank uses: ranks of a host take its visible GPUs in turn.
 pub(crate) fn rank_device() -> Result<usize, TrainError> {
@@ -29,7 +29,7 @@ pub(crate) fn run<R>(
     identity: &str,
     rank_main: impl Fn(&mut Comm) -> Result<R, TrainError>,
 ) -> Result<JobOutcome<R>, TrainError> {
-    let (_job, mut comm) = if experts.ranks() == 1 {
+    let (_job, comm) = if experts.ranks() == 1 {
         (None, Comm::solo())
     } else {
         let config = NcclConfig {
@@ -44,9 +44,5 @@ pub(crate) fn run<R>(
         let (job, comm) = NcclJob::start(config, rules).map_err(TrainError::input)?;
         (Some(job), comm)
     };
-    let rank = comm.rank();
-    let result = run_rank(rank, &mut comm, &rank_main);
-    // What is left to do needs no other rank.
-    drop(comm);
-    Ok(JobOutcome { ranks: vec![result?], bounds: Vec::new() })
+    run_this_rank(comm, rank_main)
 }

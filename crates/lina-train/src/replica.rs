@@ -3,7 +3,10 @@
 
 use lina_comm::{Comm, DeviceClock};
 use lina_cuda::{self as cuda, Buffer as DeviceBuffer, CudaError, DType, Gpu};
-use lina_model::{Batch, Buffer, CudaModel, ForwardOutput, LayerRouting, Model, StepContext, memory_plan};
+use lina_model::{
+    Batch, Buffer, CudaModel, DeviceWeights, ForwardOutput, LayerRouting, Model, ModelConfig, ModelLimits,
+    ParameterLayout, Purpose, StepContext, memory_plan,
+};
 use lina_plan::ExpertLayout;
 
 use crate::TrainError;
@@ -57,8 +60,8 @@ impl Replica {
         }
         comm.set_device(clock);
         let dtype = DType::from(config.train.dtype);
-        check_memory(&gpu, needed_bytes(config, experts, comm.rank(), dtype))?;
         let limits = model_limits(config, comm.ranks());
+        check_memory(&gpu, needed_bytes(&config.model, experts, comm.rank(), dtype, Purpose::Training, limits))?;
         let model = CudaModel::new(gpu, config.model.clone(), experts.clone(), comm.rank(), dtype, limits)?;
         let (gpu, layout) = (model.gpu(), model.layout());
         Ok(Some(Replica {
@@ -92,7 +95,8 @@ impl Replica {
     /// Whether the GPU has the memory for the experts of `layout`, beside what other programs take.
     pub(crate) fn fits(&self, config: &RunConfig, layout: &ExpertLayout, rank: usize) -> Result<bool, TrainError> {
         let (free, _) = self.model.gpu().device().memory()?;
-        let needed = |layout| needed_bytes(config, layout, rank, self.model.dtype());
+        let (dtype, limits) = (self.model.dtype(), model_limits(config, layout.ranks()));
+        let needed = |layout| needed_bytes(&config.model, layout, rank, dtype, Purpose::Training, limits);
         Ok(needed(layout) <= free + needed(self.model.expert_layout()))
     }
 
@@ -162,26 +166,31 @@ impl Replica {
     }
 }
 
-/// Bytes that a rank takes on its GPU: parameters in f32 and as products read them, gradients, moments, and activations as they
-/// are stored.
-fn needed_bytes(config: &RunConfig, experts: &ExpertLayout, rank: usize, dtype: DType) -> usize {
-    let on_device = |name: &str, bytes: usize| match (name, dtype) {
-        // The parameters and two moments, and the copy.
-        ("parameters", DType::Bf16) => 3 * bytes + bytes / 2,
-        ("parameters", _) => 3 * bytes,
-        ("gradients", _) => bytes,
-        (_, DType::Bf16) => bytes / 2,
-        (_, _) => bytes,
-    };
-    let plan = memory_plan(&config.model, experts, rank, model_limits(config, experts.ranks()));
-    plan.iter().map(|part| on_device(part.name, part.bytes)).sum()
-}
-
-/// Refuses a run that will not fit before anything is allocated.
-fn check_memory(gpu: &Gpu, needed: usize) -> Result<(), CudaError> {
+/// Refuses what will not fit before anything is allocated.
+pub(crate) fn check_memory(gpu: &Gpu, needed: usize) -> Result<(), CudaError> {
     let (free, total) = gpu.device().memory()?;
     if needed > free {
         return Err(CudaError::OutOfMemory { ordinal: gpu.ordinal(), needed, free, total });
     }
     Ok(())
+}
+
+/// Bytes that a rank takes on its GPU: parameters, and activations as they are stored; in training gradients and moments too.
+pub(crate) fn needed_bytes(
+    config: &ModelConfig,
+    experts: &ExpertLayout,
+    rank: usize,
+    dtype: DType,
+    purpose: Purpose,
+    limits: ModelLimits,
+) -> usize {
+    let layout = ParameterLayout::new(config, experts.held_by(rank));
+    let on_device = |name: &str, bytes: usize| match (name, purpose) {
+        // Two moments beside them.
+        ("parameters", Purpose::Training) => DeviceWeights::bytes(&layout, dtype, purpose) + 2 * bytes,
+        ("parameters", Purpose::Evaluation) => DeviceWeights::bytes(&layout, dtype, purpose),
+        ("gradients", _) => bytes,
+        _ => bytes / DType::F32.bytes() * dtype.bytes(),
+    };
+    memory_plan(config, experts, rank, limits, purpose).iter().map(|part| on_device(part.name, part.bytes)).sum()
 }

@@ -1,6 +1,6 @@
 //! What a rank's emulated device holds, and whose experts wait in host memory because of that.
 
-use lina_model::{ParameterLayout, memory_plan};
+use lina_model::{ParameterLayout, Purpose, memory_plan};
 use lina_plan::{DeviceMemory, ExpertLayout, Residency};
 
 use crate::TrainError;
@@ -22,11 +22,12 @@ fn device_memory(config: &RunConfig, experts: &ExpertLayout, rank: usize) -> Opt
         let uneven = experts.ranks() > 1 && UNEVEN_PARTS.contains(&name);
         if uneven { bytes + bytes / 2 } else { bytes }
     };
-    let buffers: usize = memory_plan(&config.model, experts, rank, model_limits(config, experts.ranks()))
-        .iter()
-        .filter(|part| !["parameters", "gradients"].contains(&part.name))
-        .map(|part| with_uneven_routing(part.name, part.bytes))
-        .sum();
+    let buffers: usize =
+        memory_plan(&config.model, experts, rank, model_limits(config, experts.ranks()), Purpose::Training)
+            .iter()
+            .filter(|part| !["parameters", "gradients"].contains(&part.name))
+            .map(|part| with_uneven_routing(part.name, part.bytes))
+            .sum();
     let element_bytes = size_of::<f32>();
     Some(DeviceMemory {
         capacity_bytes,

@@ -129,8 +129,7 @@ pub fn train(options: TrainOptions, stop: &StopFlag) -> Result<TrainSummary, Tra
     let job = |comm: &mut Comm| {
         let mut worker = prepared_worker(&config, &loaded.data, &experts, comm)?;
         if let Some((folder, _)) = &resume {
-            checkpoint::load(&mut worker, folder, true)?;
-            worker.load_device()?;
+            comm.busy(|_| checkpoint::load(&mut worker, folder, true).and_then(|()| worker.load_device()))?;
         }
         // A checkpoint that some rank cannot read must not leave a run's folder behind.
         comm.begin_evaluation(first_step)?;

@@ -5,7 +5,8 @@ mod common;
 
 use std::path::PathBuf;
 
-use common::Run;
+use common::{Run, evaluated};
+use lina_train::{Engine, Scalar};
 
 const BASE: &str = r#"
 [model]
@@ -72,6 +73,21 @@ fn a_hundred_steps_follow_the_processors() {
     assert!(difference < 1e-2, "two micro-batches: losses differ by {difference} in step {step}");
     // The same run twice is the same to the bit.
     assert_eq!(run(&[GPU], None).losses(), run(&[GPU], None).losses());
+}
+
+#[test]
+fn an_evaluation_is_that_of_the_processor() {
+    if lina_cuda::testing::gpu().is_none() {
+        return;
+    }
+    let run = run(&["train.steps=5"], None);
+    let on = |gpu| evaluated(run.checkpoint(5), 1, Engine::Local, gpu);
+    let processor = on(None);
+    for (dtype, tolerance) in [(Scalar::Float32, 1e-4), (Scalar::Bfloat16, 2e-2)] {
+        let gpu = on(Some(dtype));
+        println!("{dtype:?}: loss {gpu}, on the processor {processor}");
+        assert!((gpu - processor).abs() < tolerance, "{dtype:?}: loss {gpu}, on the processor {processor}");
+    }
 }
 
 #[test]

@@ -4,8 +4,8 @@ mod common;
 
 use std::path::PathBuf;
 
-use common::{Run, largest_difference};
-use lina_train::{RunConfig, StopFlag, TrainError, TrainOptions, train};
+use common::{Run, evaluated, largest_difference};
+use lina_train::{Engine, RunConfig, StopFlag, TrainError, TrainOptions, train};
 use tempfile::TempDir;
 
 const BASE: &str = r#"
@@ -59,6 +59,17 @@ fn run(overrides: &[&str]) -> Run {
 }
 
 /// Invariant 2: when things are sent does not change what is computed, to the bit.
+#[test]
+fn an_evaluation_is_the_same_on_any_number_of_ranks() {
+    let run = run(&["train.steps=4", "model.layers=3"]);
+    let on = |ranks| evaluated(run.checkpoint(4), ranks, Engine::Local, None);
+    let alone = on(1);
+    assert!(alone > 1.0 && alone < 6.0, "{alone}");
+    for ranks in [2, 4] {
+        assert!((on(ranks) - alone).abs() < 1e-9, "{ranks} ranks: {}, alone {alone}", on(ranks));
+    }
+}
+
 #[test]
 fn policies_partitions_and_depths_agree_bit_for_bit() {
     let reference = run(&["policy.name=fair"]);

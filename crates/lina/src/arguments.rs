@@ -3,11 +3,11 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::builder::PossibleValuesParser;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use lina_infer::Device;
-use lina_train::{ConfigError, Engine, Override, RunConfig};
+use lina_train::{ConfigError, Engine, Override, RunConfig, Scalar};
 
 use crate::commands::Failure;
 
@@ -220,7 +220,7 @@ medians of 20, each with a cold cache.
 
 Examples:
   lina bench kernels
-  lina bench kernels --dtype f32 --only attention,products
+  lina bench kernels --dtype float32 --only attention,products
   lina bench kernels --json > kernels.json";
 
 const SERVE_EXAMPLES: &str = "\
@@ -300,8 +300,8 @@ pub(crate) struct DeviceArguments {
     #[arg(long, value_name = "DEVICE", value_parser = PossibleValuesParser::new(built_devices()))]
     pub(crate) device: Option<String>,
     /// How a GPU stores weights and multiplies: float32 or bfloat16.
-    #[arg(long, value_name = "TYPE", default_value = "float32", value_parser = ["float32", "bfloat16"])]
-    pub(crate) dtype: String,
+    #[arg(long, value_name = "TYPE", default_value = "float32", value_parser = scalar_parser())]
+    pub(crate) dtype: Scalar,
 }
 
 #[derive(Debug, Args)]
@@ -527,10 +527,10 @@ pub(crate) struct BenchDecodeArguments {
 #[cfg(feature = "cuda")]
 #[derive(Debug, Args)]
 pub(crate) struct BenchKernelsArguments {
-    /// How activations and weights are stored: bf16 or f32.
-    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = ["bf16", "f32"])]
-    pub(crate) dtype: String,
-    /// Measures these parts alone, with commas between: layers, routing, attention, products, copies.
+    /// How activations and weights are stored: float32 or bfloat16.
+    #[arg(long, value_name = "TYPE", default_value = "bfloat16", value_parser = scalar_parser())]
+    pub(crate) dtype: Scalar,
+    /// Measures these parts alone, with commas between: layers, routing, attention, products, few, copies.
     #[arg(long, value_name = "PART,...", value_delimiter = ',', value_parser = PossibleValuesParser::new(crate::bench_kernels::parts()))]
     pub(crate) only: Vec<String>,
     /// Which of the visible GPUs.
@@ -547,9 +547,9 @@ pub(crate) struct BenchLayerArguments {
     /// Mixtral's, and three with smaller experts].
     #[arg(long, value_name = "HIDDEN,EXPERT_HIDDEN,EXPERTS,TOP_K,TOKENS")]
     pub(crate) shape: Vec<lina_train::LayerShape>,
-    /// How activations and weights are stored: bf16 or f32.
-    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = ["bf16", "f32"])]
-    pub(crate) dtype: String,
+    /// How activations and weights are stored: float32 or bfloat16.
+    #[arg(long, value_name = "TYPE", default_value = "bfloat16", value_parser = scalar_parser())]
+    pub(crate) dtype: Scalar,
     /// Measured runs of each pass.
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub(crate) rounds: usize,
@@ -654,6 +654,12 @@ fn built_devices() -> Vec<&'static str> {
     Device::BUILT.iter().map(|device| device.name()).collect()
 }
 
+/// Takes the name of a type of numbers.
+fn scalar_parser() -> impl TypedValueParser<Value = Scalar> {
+    let named = |name: String| Scalar::ALL.into_iter().find(|scalar| scalar.name() == name);
+    PossibleValuesParser::new(Scalar::ALL.map(Scalar::name)).map(move |name| named(name).expect("a possible value"))
+}
+
 /// Names of the engines whose ranks the doctor measures.
 fn measured_engines() -> Vec<&'static str> {
     Engine::BUILT.iter().filter(|engine| !engine.has_gpus()).map(|engine| engine.name()).collect()
@@ -685,6 +691,19 @@ mod tests {
         assert_eq!(sizes("lina bench train --partition-sweep=16,32 x.toml"), Some(vec![16, 32]));
         let both = "lina bench train x.toml --ablation --policies fair";
         assert_eq!(Arguments::try_parse_from(both.split(' ')).unwrap_err().kind(), ErrorKind::ArgumentConflict);
+    }
+
+    #[test]
+    fn numbers_are_called_alike_by_all_commands() {
+        let mut lines = vec!["eval m --data x", "generate m --prompt x", "serve m", "bench decode m"];
+        lines.extend(["bench kernels", "bench layer"].iter().filter(|_| cfg!(feature = "cuda")));
+        for line in lines {
+            for (name, known) in [("float32", true), ("bfloat16", true), ("bf16", false), ("f32", false)] {
+                let line = format!("lina {line} --dtype {name}");
+                let kind = Arguments::try_parse_from(line.split(' ')).map_err(|error| error.kind());
+                assert_eq!(kind.err(), (!known).then_some(ErrorKind::InvalidValue), "{line}");
+            }
+        }
     }
 
     #[test]

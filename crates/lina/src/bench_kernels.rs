@@ -3,13 +3,15 @@
 
 mod attention;
 mod copies;
+mod few;
 mod layers;
 mod meter;
 mod products;
 mod routing;
 
-use lina_cuda::{CudaError, DType, Gpu};
+use lina_cuda::{CudaError, Gpu};
 use lina_report::{Align, Table};
+use lina_train::Scalar;
 use serde::Serialize;
 
 use crate::arguments::BenchKernelsArguments;
@@ -45,11 +47,12 @@ const VOCABULARY: usize = 32000;
 /// Measures some operations.
 type Part = fn(&mut Meter<'_>) -> Result<(), CudaError>;
 /// The parts of the measurement, by the names that the command line has for them.
-const PARTS: [(&str, Part); 5] = [
+const PARTS: [(&str, Part); 6] = [
     ("layers", layers::measure),
     ("routing", routing::measure),
     ("attention", attention::measure),
     ("products", products::measure),
+    ("few", few::measure),
     ("copies", copies::measure),
 ];
 
@@ -62,7 +65,7 @@ pub(crate) fn parts() -> [&'static str; PARTS.len()] {
 #[derive(Debug, Serialize)]
 struct KernelsSummary {
     gpu: String,
-    dtype: &'static str,
+    dtype: Scalar,
     ceilings: Ceilings,
     operations: Vec<OperationRate>,
 }
@@ -84,21 +87,15 @@ impl KernelsSummary {
             "{}, {}; ceilings: device copy {copy_tb_per_s:.2} TB/s, matrix product {product_tflops:.0} TFLOP/s, copy from \
              the host {host_copy_gb_per_s:.1} GB/s\n\n{}",
             self.gpu,
-            self.dtype,
+            self.dtype.name(),
             table.render()
         )
     }
 }
 
-/// The type of a name that the arguments have been checked for.
-pub(crate) fn dtype_named(name: &str) -> DType {
-    if name == DType::F32.suffix() { DType::F32 } else { DType::Bf16 }
-}
-
 /// Carries the command out.
 pub(crate) fn run(arguments: BenchKernelsArguments) -> Result<(), Failure> {
-    let dtype = dtype_named(&arguments.dtype);
-    let summary = measure(arguments.gpu, dtype, &arguments.only).map_err(|error| {
+    let summary = measure(arguments.gpu, arguments.dtype, &arguments.only).map_err(|error| {
         // All but a call that fails is something that is missing or does not suffice.
         let exit_code = if matches!(error, CudaError::Call { .. }) { 1 } else { 2 };
         Failure::new(error, exit_code)
@@ -107,13 +104,13 @@ pub(crate) fn run(arguments: BenchKernelsArguments) -> Result<(), Failure> {
 }
 
 /// Measures the parts that `only` names, or all.
-fn measure(ordinal: usize, dtype: DType, only: &[String]) -> Result<KernelsSummary, CudaError> {
+fn measure(ordinal: usize, dtype: Scalar, only: &[String]) -> Result<KernelsSummary, CudaError> {
     let gpu = Gpu::open(ordinal)?;
-    let mut meter = Meter::new(&gpu, dtype)?;
+    let mut meter = Meter::new(&gpu, dtype.into())?;
     for (_, measure) in PARTS.iter().filter(|(name, _)| only.is_empty() || only.iter().any(|wanted| wanted == name)) {
         measure(&mut meter)?;
     }
     let name = gpu.device().facts().name.clone();
     let (ceilings, operations) = meter.finish();
-    Ok(KernelsSummary { gpu: name, dtype: dtype.suffix(), ceilings, operations })
+    Ok(KernelsSummary { gpu: name, dtype, ceilings, operations })
 }

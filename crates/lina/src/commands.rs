@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use lina_infer::{Arithmetic, Device, InferError, model_folder};
 use lina_train::{
-    BenchOptions, ClusterConfig, ConfigError, Engine, EvalOptions, Override, Scalar, Studies, TrainError, TrainOptions,
+    BenchOptions, ClusterConfig, ConfigError, Engine, EvalOptions, Override, Studies, TrainError, TrainOptions,
     TrainSummary, bench_compute, bench_train, default_run_folder, diagnose_ranks, eval, launched_rank, launched_ranks,
     train,
 };
@@ -182,7 +182,7 @@ fn run_bench_compute(arguments: BenchComputeArguments) -> Result<(), Failure> {
 fn run_bench_layer(arguments: BenchLayerArguments) -> Result<(), Failure> {
     let BenchLayerArguments { shape, dtype, rounds, gpu, output: OutputArguments { json, quiet } } = arguments;
     let shapes = if shape.is_empty() { LayerShape::DEFAULTS.to_vec() } else { shape };
-    let summary = bench_layer(gpu, &shapes, bench_kernels::dtype_named(&dtype), rounds)?;
+    let summary = bench_layer(gpu, &shapes, dtype, rounds)?;
     Ok(output::table_or_json(json, quiet, &summary.table(), &summary)?)
 }
 
@@ -254,8 +254,7 @@ pub(crate) fn job_cluster(job: &JobArguments) -> ClusterConfig {
 pub(crate) fn arithmetic(arguments: &DeviceArguments, engine: Engine) -> Arithmetic {
     let named = |name: &String| Device::BUILT.iter().copied().find(|device| device.name() == name);
     let device = arguments.device.as_ref().and_then(named).unwrap_or(Device::of_engine(engine));
-    let dtype = if arguments.dtype == "bfloat16" { Scalar::Bfloat16 } else { Scalar::Float32 };
-    Arithmetic { device, dtype }
+    Arithmetic { device, dtype: arguments.dtype }
 }
 
 /// The engine of a name that the arguments have been checked for.

@@ -367,7 +367,7 @@ impl MpiEngine {
             if let Some(rank) = peers.clone().find(|&rank| self.heartbeat.has_left(rank)) {
                 return Err(CommError::left(rank));
             }
-            if since.elapsed() > self.timeout
+            if self.heartbeat.overdue_from(since).elapsed() > self.timeout
                 && let Some(rank) = peers.next()
             {
                 let (seconds, operation) = (self.timeout.as_secs(), channel.name().to_owned());

@@ -599,7 +599,7 @@ impl NcclEngine {
             {
                 return Err(CommError::left(rank));
             }
-            if launched.elapsed() > self.timeout {
+            if self.heartbeat.overdue_from(*launched).elapsed() > self.timeout {
                 let (rank, progress) = self.heartbeat.slowest();
                 let (seconds, operation) = (self.timeout.as_secs(), channel.name().to_owned());
                 if progress < self.started {

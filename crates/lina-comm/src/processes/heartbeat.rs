@@ -3,6 +3,9 @@
 //! Every two ranks share a TCP connection. A rank that lives says so regularly; a connection that closes without a
 //! farewell means that the rank has died; one on which nothing comes for the set time, that it is silent. Whoever
 //! notices, or fails itself, tells all others, so that all name the same rank.
+//!
+//! A rank whose beats come may still keep the others waiting in an operation, for which their engines have the same time.
+//! Beats say whether a rank has long work on its host; while one does, that time does not run.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -160,6 +163,8 @@ struct State {
     /// By rank; `None` for this one.
     peers: Vec<Option<Peer>>,
     progress: u64,
+    /// When a rank, this one included, was last known to have long work on its host.
+    last_busy: Option<Instant>,
     failure: Option<CommError>,
     /// The failure is of this rank's compute thread, which says so itself.
     quiet: bool,
@@ -198,7 +203,7 @@ impl Heartbeat {
                 closed: false,
             }));
         }
-        let state = Mutex::new(State { peers, progress: 0, failure: None, quiet: false, over: false });
+        let state = Mutex::new(State { peers, progress: 0, last_busy: None, failure: None, quiet: false, over: false });
         let shared = Arc::new(Shared { rank, timeout, mailbox, last_words, state });
         let watched = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(format!("lina-heart-{rank}")).spawn(move || watched.watch())?;
@@ -213,6 +218,11 @@ impl Heartbeat {
     /// Whether `rank` has said that it has nothing more to do.
     pub(crate) fn has_left(&self, rank: usize) -> bool {
         self.shared.lock().peers[rank].as_ref().is_some_and(|peer| peer.said_farewell)
+    }
+
+    /// From when on what is awaited since `since` counts as late: the moment at which a rank was last busy, if that was later.
+    pub(crate) fn overdue_from(&self, since: Instant) -> Instant {
+        self.shared.lock().last_busy.map_or(since, |busy| busy.max(since))
     }
 
     /// How far this rank has come, as a number that grows; travels with the beats.
@@ -272,9 +282,13 @@ impl Shared {
             if state.over {
                 return;
             }
+            let busy = self.mailbox.is_busy();
+            if busy {
+                state.last_busy = Some(Instant::now());
+            }
             if spoken.is_none_or(|at| at.elapsed() >= beat) {
                 spoken = Some(Instant::now());
-                let beat = alive(state.progress);
+                let beat = alive(state.progress, busy);
                 state.tell_all(&beat);
             }
             if let Some(failure) = state.listen().or_else(|| self.silent(&state)) {
@@ -352,7 +366,12 @@ impl State {
             while let Some((message, len)) = decode(&peer.inbox) {
                 peer.inbox.drain(..len);
                 match message {
-                    Message::Alive(progress) => peer.progress = progress,
+                    Message::Alive { progress, busy } => {
+                        peer.progress = progress;
+                        if busy {
+                            self.last_busy = Some(Instant::now());
+                        }
+                    }
                     Message::Farewell => peer.said_farewell = true,
                     Message::Failed(failure) => found = found.or(Some(failure)),
                 }
@@ -390,16 +409,23 @@ impl Peer {
 
 #[derive(Debug, PartialEq)]
 enum Message {
-    /// And how far the rank has come.
-    Alive(u64),
+    /// And how far the rank has come, and whether it has long work on its host.
+    Alive {
+        progress: u64,
+        busy: bool,
+    },
     Farewell,
     Failed(CommError),
 }
 
-/// A beat as a message: what it is, how far the rank has come.
-fn alive(progress: u64) -> [u8; 9] {
-    let mut message = [ALIVE; 9];
-    message[1..].copy_from_slice(&progress.to_le_bytes());
+/// Bytes of a beat.
+const BEAT_BYTES: usize = 10;
+
+/// A beat as a message: what it is, how far the rank has come, whether it is busy.
+fn alive(progress: u64, busy: bool) -> [u8; BEAT_BYTES] {
+    let mut message = [ALIVE; BEAT_BYTES];
+    message[1..9].copy_from_slice(&progress.to_le_bytes());
+    message[9] = u8::from(busy);
     message
 }
 
@@ -439,7 +465,11 @@ fn decode(bytes: &[u8]) -> Option<(Message, usize)> {
             };
             Some((Message::Failed(failure), HEAD + len))
         }
-        _ => Some((Message::Alive(u64::from_le_bytes(bytes.get(1..9)?.try_into().ok()?)), 9)),
+        _ => {
+            let beat = bytes.get(..BEAT_BYTES)?;
+            let progress = u64::from_le_bytes(beat[1..9].try_into().ok()?);
+            Some((Message::Alive { progress, busy: beat[9] != 0 }, BEAT_BYTES))
+        }
     }
 }
 
@@ -456,8 +486,11 @@ mod tests {
             assert!((0..bytes.len()).all(|len| decode(&bytes[..len]).is_none()));
             assert_eq!(decode(&bytes), Some((Message::Failed(failure), bytes.len())));
         }
-        let bytes = alive(1 << 40);
-        assert_eq!((decode(&bytes[..8]), decode(&bytes)), (None, Some((Message::Alive(1 << 40), 9))));
+        for busy in [false, true] {
+            let bytes = alive(1 << 40, busy);
+            let beat = Message::Alive { progress: 1 << 40, busy };
+            assert_eq!((decode(&bytes[..9]), decode(&bytes)), (None, Some((beat, 10))));
+        }
         assert_eq!(decode(&[FAREWELL]), Some((Message::Farewell, 1)));
     }
 
@@ -550,6 +583,30 @@ mod tests {
             std::thread::sleep(Duration::from_millis(5));
         }
         assert_eq!(*SAID.lock().unwrap(), vec![failure.to_string(); 2]);
+    }
+
+    #[test]
+    fn while_a_rank_is_busy_nothing_is_overdue() {
+        let hearts = hearts(3, Duration::from_secs(1));
+        let start = Instant::now();
+        let overdue_from = || hearts.iter().map(|heart| heart.overdue_from(start)).min().unwrap();
+        let wait_until = |reached: &dyn Fn() -> bool| {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while !reached() {
+                assert!(Instant::now() < deadline, "beats carry whether ranks are busy");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        };
+        assert_eq!(overdue_from(), start);
+        hearts[1].shared.mailbox.set_busy(true);
+        // Longer than the timeout, on all ranks and on the busy one itself.
+        wait_until(&|| overdue_from() > start + Duration::from_millis(1500));
+        hearts[1].shared.mailbox.set_busy(false);
+        wait_until(&|| overdue_from().elapsed() > Duration::from_millis(500));
+        assert!(hearts.iter().all(|heart| heart.failure().is_none()));
+        // What began later counts from its own beginning.
+        let later = Instant::now();
+        assert_eq!(hearts[0].overdue_from(later), later);
     }
 
     #[cfg(feature = "nccl")]

@@ -11,6 +11,8 @@ __device__ __forceinline__ void attend(
     bf16* const stages = shared + TILE_ELEMENTS<ROWS>;
 
     const Task task = tasks[blockIdx.x / layout.heads_kv];
+    // One of those that round the number of blocks up.
+    if (task.tokens == 0) return;
     const u32 head_kv = blockIdx.x % layout.heads_kv;
     const u32 group = layout.heads_q / layout.heads_kv;
     const u32 rows = min(task.tokens * group - task.first, ROWS);

@@ -12,6 +12,8 @@ __device__ __forceinline__ void attend(
     float* const weights = values + TILE_ROWS * TILE_STRIDE;
 
     const Task task = tasks[blockIdx.x / layout.heads_kv];
+    // One of those that round the number of blocks up.
+    if (task.tokens == 0) return;
     const u32 head_kv = blockIdx.x % layout.heads_kv;
     const u32 group = layout.heads_q / layout.heads_kv;
     const u32 head_dim = layout.head_dim, window = layout.window;

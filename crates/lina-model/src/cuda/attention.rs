@@ -78,6 +78,11 @@ impl Attention {
         })
     }
 
+    /// Works for another layer from here on: what a forward left for its backward is lost.
+    pub fn set_layer(&mut self, layer: usize) {
+        self.layer = layer;
+    }
+
     /// `y = x + attention(norm(x))`, both `[tokens, hidden]`.
     pub fn forward(
         &mut self,

@@ -21,6 +21,16 @@ pub(crate) struct Experts<'a> {
 }
 
 impl Experts<'_> {
+    /// `[input_width, hidden]` of every expert, to multiply rows.
+    pub fn input_rows(&self) -> GroupedB<'_> {
+        self.input(BLayout::Nk)
+    }
+
+    /// `[hidden, inner]` of every expert, to multiply rows.
+    pub fn down_rows(&self) -> GroupedB<'_> {
+        self.down(BLayout::Nk)
+    }
+
     /// `[input_width, hidden]` of every expert.
     fn input(&self, layout: BLayout) -> GroupedB<'_> {
         let ExpertShape { hidden, input_width, .. } = self.shape;
@@ -54,14 +64,14 @@ impl Experts<'_> {
         outputs: SliceMut<'_>,
     ) -> Result<(), CudaError> {
         let ExpertShape { kind, inner, input_width, .. } = self.shape;
-        grouped_matmul(self.gpu, &in_place(&chunk.runs), inputs, self.input(BLayout::Nk), projected.reborrow())?;
+        grouped_matmul(self.gpu, &in_place(&chunk.runs), inputs, self.input_rows(), projected.reborrow())?;
         for span in &chunk.spans {
             let projected = projected.slice_mut(span.start * input_width..span.end * input_width);
             let hidden = hidden.slice_mut(span.start * inner..span.end * inner);
             activate(self.gpu, kind, inner, projected, hidden)?;
         }
         let groups = one_after_another(&chunk.blocks);
-        grouped_matmul(self.gpu, &groups, hidden.as_slice(), self.down(BLayout::Nk), outputs)
+        grouped_matmul(self.gpu, &groups, hidden.as_slice(), self.down_rows(), outputs)
     }
 
     /// Gradients of the chunk's inputs, in the order of its blocks, given those of its outputs in expert-major order.

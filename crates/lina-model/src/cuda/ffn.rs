@@ -85,6 +85,11 @@ impl DenseFfn {
         Ok(DenseFfn { layer, norm: Norm::new(gpu, config, dtype, max_tokens)?, projected })
     }
 
+    /// Works for another layer from here on: what a forward left for its backward is lost.
+    pub fn set_layer(&mut self, layer: usize) {
+        self.layer = layer;
+    }
+
     /// `y = x + network(norm(x))`, both `[tokens, hidden]`.
     pub fn forward(
         &mut self,

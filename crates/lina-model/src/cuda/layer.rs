@@ -10,6 +10,7 @@ use super::pass::{BackwardStream, DeviceBatch, Pass, attention_plan};
 use crate::batch::{LoadedBatch, StepContext, StepError};
 use crate::config::ModelConfig;
 use crate::params::{ParameterLayout, Parameters};
+use crate::purpose::Purpose;
 
 /// An MoE layer on one GPU: norm, gate, permutation, experts and weighted sum, and all of it backward, gradients of weights
 /// included. The first layer of a model, without the rest.
@@ -47,7 +48,7 @@ impl CudaMoeLayer {
         for buffer in [&mut parameters.dense, &mut parameters.experts] {
             buffer.chunks_mut(block.len()).for_each(|chunk| chunk.copy_from_slice(&block[..chunk.len()]));
         }
-        let mut weights = DeviceWeights::zeros(&gpu, &layout, dtype)?;
+        let mut weights = DeviceWeights::zeros(&gpu, &layout, dtype, Purpose::Training)?;
         weights.load(&gpu, &parameters)?;
         let mut batch = LoadedBatch::with_capacity(0);
         batch.input.resize(tokens, 0);
@@ -62,7 +63,7 @@ impl CudaMoeLayer {
         Ok(CudaMoeLayer {
             moe: Moe::new(&gpu, &config, 0, dtype, tokens)?,
             shared: MoeShared::new(&gpu, &config, &experts, 0, dtype, tokens, usize::MAX)?,
-            gradients: DeviceGradients::zeros(&gpu, &layout)?,
+            gradients: DeviceGradients::zeros(&gpu, &layout, Purpose::Training)?,
             x: random(2)?,
             y: gpu.uninit(tokens * config.hidden, dtype)?,
             grad: random(3)?,

@@ -19,12 +19,14 @@ use crate::decoder::{ModelLimits, check_model};
 use crate::moe::LayerRouting;
 use crate::params::{ParameterLayout, Parameters};
 use crate::pass::product_flops;
+use crate::purpose::Purpose;
 
 /// One rank's part of a decoder on its GPU: as [`Model`](crate::Model), with parameters, gradients and activations in device
 /// memory.
 pub struct CudaModel {
     gpu: Gpu,
     dtype: DType,
+    purpose: Purpose,
     config: ModelConfig,
     experts: ExpertLayout,
     layout: ParameterLayout,
@@ -35,8 +37,10 @@ pub struct CudaModel {
     on_device: DeviceBatch,
     step: StepContext,
     rotary: Option<RotaryTable>,
+    /// Those that have [buffers](Purpose::buffered_layers).
     layers: Vec<Layer>,
-    /// `[max_tokens, hidden]` each: the residual stream before each sub-layer and at the end.
+    /// `[max_tokens, hidden]` each: the residual stream before each sub-layer and at the end, as far as it is
+    /// [kept](Purpose::streams).
     residual: Vec<DeviceBuffer>,
     final_norm: Norm,
     /// `[max_tokens, vocab]`: logits, or in training their gradient.
@@ -64,13 +68,40 @@ enum FeedForward {
 }
 
 impl CudaModel {
-    /// A model of zeros on `rank` of `experts`' ranks, whose activations and products are of `dtype`; give it
+    /// A model of zeros on `rank` of `experts`' ranks, to be trained, whose activations and products are of `dtype`; give it
     /// [parameters](Self::load).
     ///
     /// # Errors
     /// If the configuration is not valid, the layout is for another number of experts, sequences may be longer than the
     /// model has positions, or the GPU has no kernel for the sizes or not enough memory.
     pub fn new(
+        gpu: Gpu,
+        config: ModelConfig,
+        experts: ExpertLayout,
+        rank: usize,
+        dtype: DType,
+        limits: ModelLimits,
+    ) -> Result<Self, StepError> {
+        Self::of_purpose(Purpose::Training, gpu, config, experts, rank, dtype, limits)
+    }
+
+    /// As [`new`](Self::new), for [`Purpose::Evaluation`].
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn for_evaluation(
+        gpu: Gpu,
+        config: ModelConfig,
+        experts: ExpertLayout,
+        rank: usize,
+        dtype: DType,
+        limits: ModelLimits,
+    ) -> Result<Self, StepError> {
+        Self::of_purpose(Purpose::Evaluation, gpu, config, experts, rank, dtype, limits)
+    }
+
+    fn of_purpose(
+        purpose: Purpose,
         gpu: Gpu,
         config: ModelConfig,
         experts: ExpertLayout,
@@ -90,7 +121,7 @@ impl CudaModel {
             PositionKind::Learned => None,
         };
         let mut layers = Vec::with_capacity(config.layers);
-        for layer in 0..config.layers {
+        for layer in purpose.buffered_layers(&config) {
             layers.push(Layer {
                 attention: Attention::new(&gpu, &config, layer, dtype, max_tokens)?,
                 feed_forward: if config.is_moe(layer) {
@@ -100,7 +131,8 @@ impl CudaModel {
                 },
             });
         }
-        let stream = || gpu.uninit(max_tokens * config.hidden, dtype);
+        let backward_tokens = if purpose == Purpose::Training { max_tokens } else { 0 };
+        let stream = |tokens: usize| gpu.uninit(tokens * config.hidden, dtype);
         let numbers = || gpu.uninit(max_tokens, DType::U32);
         let on_device = DeviceBatch {
             input: numbers()?,
@@ -109,24 +141,25 @@ impl CudaModel {
             attention: attention_plan(&gpu, &config, dtype, &[])?,
         };
         Ok(CudaModel {
-            weights: DeviceWeights::zeros(&gpu, &layout, dtype)?,
-            gradients: DeviceGradients::zeros(&gpu, &layout)?,
+            weights: DeviceWeights::zeros(&gpu, &layout, dtype, purpose)?,
+            gradients: DeviceGradients::zeros(&gpu, &layout, purpose)?,
             batch: LoadedBatch::with_capacity(max_tokens),
             on_device,
             step: StepContext::evaluation(),
             rotary,
             layers,
-            residual: (0..=2 * config.layers).map(|_| stream()).collect::<Result<_, CudaError>>()?,
+            residual: (0..purpose.streams(&config)).map(|_| stream(max_tokens)).collect::<Result<_, CudaError>>()?,
             final_norm: Norm::new(&gpu, &config, dtype, max_tokens)?,
             logits: gpu.uninit(max_tokens * config.vocab, dtype)?,
             losses: gpu.uninit(max_tokens, DType::F32)?,
             loss_sum: gpu.uninit(1, DType::F32)?,
-            grad: stream()?,
-            grad_normed: stream()?,
-            attention: AttentionScratch::new(&gpu, &config, dtype, max_tokens)?,
+            grad: stream(backward_tokens)?,
+            grad_normed: stream(backward_tokens)?,
+            attention: AttentionScratch::new(&gpu, &config, dtype, backward_tokens)?,
             moe: MoeShared::new(&gpu, &config, &experts, rank, dtype, max_tokens, rows_limit)?,
             gpu,
             dtype,
+            purpose,
             config,
             experts,
             layout,
@@ -204,20 +237,23 @@ impl CudaModel {
         assert_eq!((old.ranks(), old.experts()), (experts.ranks(), experts.experts()), "ranks and experts stay");
         self.layout = ParameterLayout::new(&self.config, experts.held_by(rank));
         // The old ones first: both may not fit.
-        self.weights = DeviceWeights::none(&self.gpu, self.dtype)?;
+        self.weights = DeviceWeights::none(&self.gpu)?;
         self.gradients = DeviceGradients::none(&self.gpu)?;
-        self.weights = DeviceWeights::zeros(&self.gpu, &self.layout, self.dtype)?;
-        self.gradients = DeviceGradients::zeros(&self.gpu, &self.layout)?;
+        self.weights = DeviceWeights::zeros(&self.gpu, &self.layout, self.dtype, self.purpose)?;
+        self.gradients = DeviceGradients::zeros(&self.gpu, &self.layout, self.purpose)?;
         self.moe.set_layout(&experts);
         self.experts = experts;
         Ok(())
     }
 
-    /// How `layer` routed the last forward's tokens; `None` if it has no experts.
+    /// How `layer` routed the last forward's tokens; `None` if it has no experts, or the model is for evaluation.
     ///
     /// # Panics
-    /// If there is no such layer.
+    /// If there is no such layer in a model for training.
     pub fn routing(&self, layer: usize) -> Option<LayerRouting<'_>> {
+        if self.purpose == Purpose::Evaluation {
+            return None;
+        }
         match &self.layers[layer].feed_forward {
             FeedForward::Moe(moe) => Some(moe.routing(&self.moe.routes)),
             FeedForward::Dense(_) => None,
@@ -242,7 +278,7 @@ impl CudaModel {
     /// If the device has failed.
     ///
     /// # Panics
-    /// If it is being reduced.
+    /// If it is being reduced, or the model is for evaluation.
     pub fn gradient(&self, place: &crate::Place) -> Result<Option<Vec<f32>>, CudaError> {
         let Some((buffer, range)) = self.layout.place_range(place) else { return Ok(None) };
         self.gpu.to_host(self.gradients.buffer(buffer).device_range(range)).map(Some)
@@ -253,18 +289,23 @@ impl CudaModel {
     ///
     /// # Errors
     /// If the batch does not fit the model, routing exceeds the limit of rows, the device fails or the job does.
+    ///
+    /// # Panics
+    /// If the pass is for training and the model is not.
     pub fn forward(
         &mut self,
         comm: &mut Comm,
         batch: Batch<'_>,
         step: StepContext,
     ) -> Result<ForwardOutput, StepError> {
+        assert!(!step.training || self.purpose == Purpose::Training, "the model is for evaluation");
         self.load_batch(batch)?;
         self.step = step;
         let Self { gpu, dtype, config, layout, weights, batch, on_device, residual, layers, moe, rotary, .. } = self;
-        let (gpu, dtype, rotary) = (&*gpu, *dtype, rotary.as_ref());
+        let (gpu, dtype, rotary, purpose) = (&*gpu, *dtype, rotary.as_ref(), self.purpose);
         let mut pass = Pass { gpu, dtype, config, layout, rotary, batch, on_device, step, comm, accumulate: false };
         let (tokens, hidden) = (pass.tokens(), config.hidden);
+        let mut output = ForwardOutput::default();
         let elements = tokens * hidden;
 
         moe.begin(gpu)?;
@@ -278,18 +319,35 @@ impl CudaModel {
             cuda::add_position_embedding(gpu, table, on_device.positions.slice(0..tokens), embedded)?;
         }
 
-        for (number, layer) in layers.iter_mut().enumerate() {
-            let [x, middle, y] = &mut residual[2 * number..2 * number + 3] else { unreachable!("three of a slice") };
+        for number in 0..config.layers {
+            let layer = &mut layers[purpose.buffers_of(config, number)];
+            let first = purpose.stream_of(number);
+            let [x, middle, y] = &mut residual[first..first + 3] else { unreachable!("three of a slice") };
+            layer.attention.set_layer(number);
             layer.attention.forward(&mut pass, weights, x.slice(0..elements), middle.slice_mut(0..elements))?;
             let (middle, y) = (middle.slice(0..elements), y.slice_mut(0..elements));
             match &mut layer.feed_forward {
-                FeedForward::Moe(layer) => layer.forward(&mut pass, moe, weights, middle, y)?,
-                FeedForward::Dense(layer) => layer.forward(&mut pass, &mut moe.ffn, weights, middle, y)?,
+                FeedForward::Moe(layer) => {
+                    layer.set_layer(config, number);
+                    layer.forward(&mut pass, moe, weights, middle, y)?;
+                    if purpose == Purpose::Evaluation {
+                        // The next layer's routing replaces this one's.
+                        moe.fetch_sums(gpu)?;
+                        output.add_routing(layer.finish(moe, config), &step);
+                    }
+                }
+                FeedForward::Dense(layer) => {
+                    layer.set_layer(number);
+                    layer.forward(&mut pass, &mut moe.ffn, weights, middle, y)?;
+                }
+            }
+            if purpose == Purpose::Evaluation {
+                residual.swap(0, 2);
             }
         }
 
         pass.work(WorkKind::Head, None, product_flops(tokens, config.vocab, hidden))?;
-        let x = residual[2 * config.layers].slice(0..elements);
+        let x = residual[purpose.stream_of(config.layers)].slice(0..elements);
         self.final_norm.forward(&pass, &layout.final_norm, weights, x)?;
         let normed = Mat::new(self.final_norm.output(tokens), tokens, hidden);
         let weight = Mat::new(weights.matrix(&layout.lm_head), config.vocab, hidden);
@@ -303,26 +361,23 @@ impl CudaModel {
             cuda::cross_entropy_forward(gpu, logits.as_slice(), target, losses)?;
         }
         cuda::sum_into(gpu, self.losses.slice(0..tokens), self.loss_sum.whole_mut())?;
-        self.outcome()
+        self.outcome(output)
     }
 
-    /// Waits for the pass's sums.
-    fn outcome(&mut self) -> Result<ForwardOutput, StepError> {
-        self.moe.fetch_sums(&self.gpu)?;
-        let mut loss_sum = [0.0f32];
-        self.gpu.download(self.loss_sum.whole(), &mut loss_sum)?;
-        let mut output = ForwardOutput {
-            loss_sum: f64::from(loss_sum[0]),
-            target_tokens: self.batch.target.iter().filter(|&&target| target != IGNORED).count() as u64,
-            ..ForwardOutput::default()
-        };
-        for layer in &mut self.layers {
-            if let FeedForward::Moe(moe) = &mut layer.feed_forward {
-                let (dropped, loss) = moe.finish(&self.moe, &self.config);
-                output.dropped_assignments += dropped;
-                output.router_loss += loss / self.step.micro_batches();
+    /// Waits for the pass's sums, and adds them to those of layers that are there already.
+    fn outcome(&mut self, mut output: ForwardOutput) -> Result<ForwardOutput, StepError> {
+        if self.purpose == Purpose::Training {
+            self.moe.fetch_sums(&self.gpu)?;
+            for layer in &mut self.layers {
+                if let FeedForward::Moe(moe) = &mut layer.feed_forward {
+                    output.add_routing(moe.finish(&self.moe, &self.config), &self.step);
+                }
             }
         }
+        let mut loss_sum = [0.0f32];
+        self.gpu.download(self.loss_sum.whole(), &mut loss_sum)?;
+        output.loss_sum = f64::from(loss_sum[0]);
+        output.target_tokens = self.batch.target.iter().filter(|&&target| target != IGNORED).count() as u64;
         Ok(output)
     }
 

@@ -150,7 +150,7 @@ impl MoeShared {
         gpu.fill_zero(self.sums.whole_mut())
     }
 
-    /// Fetches what [`Moe::finish`] needs of every layer, at the end of a forward pass.
+    /// Fetches what [`Moe::finish`] needs of every layer so far.
     pub fn fetch_sums(&mut self, gpu: &Gpu) -> Result<(), CudaError> {
         gpu.download(self.sums.whole(), &mut self.sums_on_host)
     }
@@ -167,7 +167,7 @@ impl Moe {
         let (experts, top_k) = (config.experts, config.top_k);
         Ok(Moe {
             layer,
-            number: (0..layer).filter(|&layer| config.is_moe(layer)).count(),
+            number: moe_layers_below(config, layer),
             norm: Norm::new(gpu, config, dtype, max_tokens)?,
             logits: gpu.uninit(max_tokens * experts, DType::F32)?,
             probabilities: gpu.uninit(max_tokens * experts, DType::F32)?,
@@ -185,6 +185,11 @@ impl Moe {
         })
     }
 
+    /// Works for another layer from here on: what a forward left for its backward is lost.
+    pub fn set_layer(&mut self, config: &ModelConfig, layer: usize) {
+        (self.layer, self.number) = (layer, moe_layers_below(config, layer));
+    }
+
     /// How the last forward routed.
     pub fn routing<'a>(&'a self, routes: &'a Routes) -> LayerRouting<'a> {
         LayerRouting { plan: &self.plan, routes, losses: self.losses, expert_index: None }
@@ -200,6 +205,10 @@ impl Moe {
         self.losses = RouterLosses { balance, z };
         (self.plan.dropped, self.losses.weighted(&config.router))
     }
+}
+
+fn moe_layers_below(config: &ModelConfig, layer: usize) -> usize {
+    (0..layer).filter(|&layer| config.is_moe(layer)).count()
 }
 
 /// What the gate multiplies: the normed input, in training with jitter, which is put into `buffer`.

@@ -1,4 +1,4 @@
-//! A rank's parameters and gradients on its device.
+//! A rank's parameters and gradients on its device, as far as what the model is for needs them.
 
 use std::ops::Range;
 
@@ -6,19 +6,37 @@ use lina_comm::SharedBuffer;
 use lina_cuda::{self as cuda, Buffer as DeviceBuffer, CudaError, DType, Gpu, Slice, SliceMut};
 
 use crate::params::{Buffer, ParameterLayout, Parameters};
+use crate::purpose::Purpose;
 
-/// One flat buffer of parameters: f32, and what products read.
+/// How a flat buffer of parameters is stored: the type of the parameters themselves, and that of a rounded copy for products,
+/// if there is one.
+type Storage = (DType, Option<DType>);
+
+/// Storage of the dense parameters, of which norms read f32.
+fn dense_storage(dtype: DType) -> Storage {
+    (DType::F32, (dtype != DType::F32).then_some(dtype))
+}
+
+/// Storage of the experts' parameters, which nothing but products reads where they are not updated.
+fn experts_storage(dtype: DType, purpose: Purpose) -> Storage {
+    match purpose {
+        Purpose::Training => dense_storage(dtype),
+        Purpose::Evaluation => (dtype, None),
+    }
+}
+
+/// One flat buffer of parameters.
 #[derive(Debug)]
 struct Flat {
     master: DeviceBuffer,
-    /// The parameters rounded to bf16, where products read that.
+    /// The parameters rounded, where products read that.
     copy: Option<DeviceBuffer>,
 }
 
 impl Flat {
-    fn zeros(gpu: &Gpu, len: usize, dtype: DType) -> Result<Self, CudaError> {
-        let copy = (dtype == DType::Bf16).then(|| gpu.zeros(len, DType::Bf16)).transpose()?;
-        Ok(Flat { master: gpu.zeros(len, DType::F32)?, copy })
+    fn zeros(gpu: &Gpu, len: usize, (master, copy): Storage) -> Result<Self, CudaError> {
+        let copy = copy.map(|dtype| gpu.zeros(len, dtype)).transpose()?;
+        Ok(Flat { master: gpu.zeros(len, master)?, copy })
     }
 
     fn load(&mut self, gpu: &Gpu, values: &[f32]) -> Result<(), CudaError> {
@@ -45,15 +63,27 @@ pub struct DeviceWeights {
 pub type Updated<'a> = (SliceMut<'a>, Option<SliceMut<'a>>);
 
 impl DeviceWeights {
-    /// No parameters.
-    pub(crate) fn none(gpu: &Gpu, dtype: DType) -> Result<Self, CudaError> {
-        Ok(DeviceWeights { dense: Flat::zeros(gpu, 0, dtype)?, experts: Flat::zeros(gpu, 0, dtype)? })
+    /// Bytes that the parameters of `layout` take.
+    pub fn bytes(layout: &ParameterLayout, dtype: DType, purpose: Purpose) -> usize {
+        let bytes = |(master, copy): Storage| master.bytes() + copy.map_or(0, DType::bytes);
+        layout.dense_len() * bytes(dense_storage(dtype)) + layout.experts_len() * bytes(experts_storage(dtype, purpose))
     }
 
-    pub(crate) fn zeros(gpu: &Gpu, layout: &ParameterLayout, dtype: DType) -> Result<Self, CudaError> {
+    /// No parameters.
+    pub(crate) fn none(gpu: &Gpu) -> Result<Self, CudaError> {
+        let nothing = || Flat::zeros(gpu, 0, (DType::F32, None));
+        Ok(DeviceWeights { dense: nothing()?, experts: nothing()? })
+    }
+
+    pub(crate) fn zeros(
+        gpu: &Gpu,
+        layout: &ParameterLayout,
+        dtype: DType,
+        purpose: Purpose,
+    ) -> Result<Self, CudaError> {
         Ok(DeviceWeights {
-            dense: Flat::zeros(gpu, layout.dense_len(), dtype)?,
-            experts: Flat::zeros(gpu, layout.experts_len(), dtype)?,
+            dense: Flat::zeros(gpu, layout.dense_len(), dense_storage(dtype))?,
+            experts: Flat::zeros(gpu, layout.experts_len(), experts_storage(dtype, purpose))?,
         })
     }
 
@@ -82,7 +112,7 @@ impl DeviceWeights {
         self.experts.read().slice(range)
     }
 
-    /// A range of one of the two buffers, to be updated.
+    /// A range of one of the two buffers, to be updated; not of a model for evaluation.
     pub fn update(&mut self, buffer: Buffer, range: Range<usize>) -> Updated<'_> {
         let flat = match buffer {
             Buffer::Dense => &mut self.dense,
@@ -93,7 +123,7 @@ impl DeviceWeights {
     }
 }
 
-/// The gradients of [`DeviceWeights`], f32; ranges are in flight between backward and `Comm::finish_gradients`.
+/// The gradients of [`DeviceWeights`], f32, of a model for evaluation empty; ranges are in flight between backward and `Comm::finish_gradients`.
 #[derive(Debug)]
 pub struct DeviceGradients {
     /// `[dense_len]`.
@@ -109,7 +139,11 @@ impl DeviceGradients {
         Ok(DeviceGradients { dense: empty()?, experts: empty()? })
     }
 
-    pub(crate) fn zeros(gpu: &Gpu, layout: &ParameterLayout) -> Result<Self, CudaError> {
+    /// What a model for `purpose` has of them.
+    pub(crate) fn zeros(gpu: &Gpu, layout: &ParameterLayout, purpose: Purpose) -> Result<Self, CudaError> {
+        if purpose == Purpose::Evaluation {
+            return Self::none(gpu);
+        }
         Ok(DeviceGradients {
             dense: SharedBuffer::on_device(gpu.zeros(layout.dense_len(), DType::F32)?),
             experts: SharedBuffer::on_device(gpu.zeros(layout.experts_len(), DType::F32)?),

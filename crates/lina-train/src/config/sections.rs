@@ -63,6 +63,19 @@ pub enum Scalar {
     Bfloat16,
 }
 
+impl Scalar {
+    /// All of them.
+    pub const ALL: [Scalar; 2] = [Scalar::Float32, Scalar::Bfloat16];
+
+    /// The name in configuration files, on the command line and in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Scalar::Float32 => "float32",
+            Scalar::Bfloat16 => "bfloat16",
+        }
+    }
+}
+
 #[cfg(feature = "cuda")]
 impl From<Scalar> for lina_cuda::DType {
     fn from(scalar: Scalar) -> Self {
@@ -159,7 +172,8 @@ pub struct ClusterConfig {
     /// `cluster.link.nodes` says it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nodes: Option<usize>,
-    /// How long a rank may be silent before the job ends, in seconds of the wall clock.
+    /// How long a rank may be silent before the job ends, in seconds of the wall clock; reading and writing a checkpoint
+    /// does not count.
     pub timeout_s: f64,
     /// Memory that the job may take, in GiB; by default what the machine has.
     pub memory_limit_gib: Option<f64>,

@@ -16,7 +16,7 @@ pub(super) fn measure(meter: &mut Meter<'_>) -> Result<(), CudaError> {
     let rates = measure_slot_copy(meter.gpu, expert, COMPUTE_MS)?;
     meter.host_copy("expert to its slot", expert, rates.alone_bytes_per_s);
     meter.host_copy("  beside computation", expert, rates.beside_bytes_per_s);
-    meter.beside_copies("  the computation, bf16 products", rates.compute_beside_ms, rates.compute_ms);
+    meter.beside_copies("  the computation, bfloat16 products", rates.compute_beside_ms, rates.compute_ms);
     Ok(())
 }
 

@@ -180,10 +180,10 @@ fn elementwise(meter: &mut Meter<'_>) -> Result<(), CudaError> {
         accumulate_f32(gpu, sums.whole_mut(), x.whole())
     })?;
     if meter.dtype == DType::Bf16 {
-        meter.measure("elementwise", "cast, bf16 to f32", size(), Work::Bytes(bytes + wide), || {
+        meter.measure("elementwise", "cast, bfloat16 to float32", size(), Work::Bytes(bytes + wide), || {
             cast(gpu, x.whole(), sums.whole_mut())
         })?;
-        meter.measure("elementwise", "cast, f32 to bf16", size(), Work::Bytes(bytes + wide), || {
+        meter.measure("elementwise", "cast, float32 to bfloat16", size(), Work::Bytes(bytes + wide), || {
             cast(gpu, sums.whole(), y.whole_mut())
         })?;
     }

@@ -36,7 +36,7 @@ fn dense(meter: &mut Meter<'_>, layer: &'static str, columns: usize, depth: usiz
     meter.measure("matrix products", "  gradient of its input", size(TOKENS, depth, columns), work, || {
         matmul(gpu, MatMut::new(grad_x.whole_mut(), TOKENS, depth), grad_y, weight, Addend::None)
     })?;
-    meter.measure("matrix products", "  gradient of its weight, f32", size(columns, depth, TOKENS), work, || {
+    meter.measure("matrix products", "  gradient of its weight, float32", size(columns, depth, TOKENS), work, || {
         matmul(gpu, MatMut::new(grad_weight.whole_mut(), columns, depth), grad_y.t(), x, Addend::Accumulate)
     })
 }
@@ -47,7 +47,7 @@ fn router(meter: &mut Meter<'_>) -> Result<(), CudaError> {
     let (x, weight) = (meter.random(TOKENS * HIDDEN)?, meter.random(EXPERTS * HIDDEN)?);
     let mut logits = meter.zeros_f32(TOKENS * EXPERTS)?;
     let bytes = meter.bytes((TOKENS + EXPERTS) * HIDDEN) + TOKENS * EXPERTS * DType::F32.bytes();
-    meter.measure("matrix products", "router, f32", size(TOKENS, EXPERTS, HIDDEN), Work::Bytes(bytes), || {
+    meter.measure("matrix products", "router, float32", size(TOKENS, EXPERTS, HIDDEN), Work::Bytes(bytes), || {
         let (x, weight) = (Mat::new(x.whole(), TOKENS, HIDDEN), Mat::new(weight.whole(), EXPERTS, HIDDEN));
         matmul(gpu, MatMut::new(logits.whole_mut(), TOKENS, EXPERTS), x, weight.t(), Addend::None)
     })
@@ -81,7 +81,7 @@ fn grouped(meter: &mut Meter<'_>, layer: &'static str, n: usize, k: usize) -> Re
         grouped_matmul(gpu, &groups, y.whole(), matrices(BLayout::Kn, k, n), grad_x.whole_mut())
     })?;
     let size = format!("{EXPERTS} of [{n}, {k}] of ~{}", EXPERT_ROWS / EXPERTS);
-    meter.measure("grouped products", "  gradients of their weights, f32", size, work, || {
+    meter.measure("grouped products", "  gradients of their weights, float32", size, work, || {
         grouped_weight_gradient(gpu, &reductions, y.whole(), n, x.whole(), k, grad_weights.whole_mut(), 0, n * k, true)
     })
 }

@@ -102,6 +102,10 @@ fn arguments_that_do_not_parse() {
             &["eval", "run", "--data", "text.txt", "--seq-tokens", "x"],
             "invalid value 'x' for '--seq-tokens <T>': invalid digit found in string; `--help` says what is expected",
         ),
+        (
+            &["eval", "run", "--data", "text.txt", "--dtype", "bf16"],
+            "invalid value 'bf16' for '--dtype <TYPE>' [possible values: float32, bfloat16]; `--help` says what is expected",
+        ),
     ] {
         check(arguments, 2, sentence);
     }

@@ -1,10 +1,7 @@
 //! Self-attention of new tokens over cached keys and values; one set of buffers for all layers.
 
 use lina_comm::WorkKind;
-use lina_cuda::{
-    self as cuda, Addend, Buffer as DeviceBuffer, CudaError, DType, Gpu, Mat, MatMut, PagedPlan, RotaryTable, Slice,
-    SliceMut, matmul,
-};
+use lina_cuda::{self as cuda, Buffer as DeviceBuffer, CudaError, DType, Gpu, PagedPlan, RotaryTable, Slice, SliceMut};
 
 use super::step::Step;
 use crate::attention::{normed_heads, optional_widths, rotated_heads};
@@ -84,26 +81,20 @@ impl Attention {
         cuda::paged_append(gpu, cached.plan, qkv, cache.reborrow())?;
         let output = self.output.slice_mut(0..tokens * query_width);
         cuda::paged_attention(gpu, cached.plan, qkv, cache.as_slice(), output)?;
-        let weight = Mat::new(step.dense.matrix(&places.output), hidden, query_width);
-        let output = Mat::new(self.output.slice(0..tokens * query_width), tokens, query_width);
-        let x = Addend::Add(Mat::new(x, tokens, hidden));
-        matmul(gpu, MatMut::new(y, tokens, hidden), output, weight.t(), x)?;
-        Ok(())
+        let output = self.output.slice(0..tokens * query_width);
+        Ok(step.product(y, output, step.dense.matrix(&places.output), [hidden, query_width], Some(x))?)
     }
 
     /// Queries, keys and values from the normed input, with their norm if there is one.
     fn project(&mut self, step: &Step<'_>, places: &AttentionPlaces) -> Result<(), CudaError> {
         let (config, gpu, tokens) = (step.config, step.gpu, step.tokens);
         let (hidden, width) = (config.hidden, config.qkv_width());
-        let normed = Mat::new(self.norm.output(tokens), tokens, hidden);
-        let weight = Mat::new(step.dense.matrix(&places.qkv), width, hidden);
+        let (normed, weight) = (self.norm.output(tokens), step.dense.matrix(&places.qkv));
         let (Some(query_norm), Some(key_norm)) = (&places.query_norm, &places.key_norm) else {
-            let qkv = MatMut::new(self.qkv.slice_mut(0..tokens * width), tokens, width);
-            return matmul(gpu, qkv, normed, weight.t(), Addend::None);
+            return step.product(self.qkv.slice_mut(0..tokens * width), normed, weight, [width, hidden], None);
         };
         // One product for all; values, which have no norm, move to where attention reads beside the norms' results.
-        let raw = MatMut::new(self.raw.slice_mut(0..tokens * width), tokens, width);
-        matmul(gpu, raw, normed, weight.t(), Addend::None)?;
+        step.product(self.raw.slice_mut(0..tokens * width), normed, weight, [width, hidden], None)?;
         let raw = self.raw.slice(0..tokens * width);
         let (queries, keys) = normed_heads(config);
         for (heads, weight, inverse) in

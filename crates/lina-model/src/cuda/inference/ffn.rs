@@ -1,7 +1,7 @@
 //! The networks of layers without experts; one set of buffers for all of them.
 
 use lina_comm::WorkKind;
-use lina_cuda::{Addend, Buffer as DeviceBuffer, CudaError, DType, Gpu, Mat, MatMut, Slice, SliceMut, matmul};
+use lina_cuda::{Buffer as DeviceBuffer, CudaError, DType, Gpu, Slice, SliceMut};
 
 use super::step::Step;
 use crate::batch::StepError;
@@ -44,16 +44,11 @@ impl DenseFfn {
         let (hidden, inner, width) = (config.hidden, config.dense_hidden, input_width(config));
         step.work(WorkKind::DenseFfn, Some(layer), product_flops(tokens, width + inner, hidden))?;
         step.normalise(norm, &places.norm, x)?;
-        let normed = Mat::new(norm.output(tokens), tokens, hidden);
-        let input = Mat::new(dense.matrix(input), width, hidden);
-        let projected = MatMut::new(self.projected.slice_mut(0..tokens * width), tokens, width);
-        matmul(gpu, projected, normed, input.t(), Addend::None)?;
+        let projected = self.projected.slice_mut(0..tokens * width);
+        step.product(projected, norm.output(tokens), dense.matrix(input), [width, hidden], None)?;
         let units = self.units.slice_mut(0..tokens * inner);
         activate(gpu, config.ffn, inner, self.projected.slice_mut(0..tokens * width), units)?;
-        let down = Mat::new(dense.matrix(down), hidden, inner);
-        let units = Mat::new(self.units.slice(0..tokens * inner), tokens, inner);
-        let x = Addend::Add(Mat::new(x, tokens, hidden));
-        matmul(gpu, MatMut::new(y, tokens, hidden), units, down.t(), x)?;
+        step.product(y, self.units.slice(0..tokens * inner), dense.matrix(down), [hidden, inner], Some(x))?;
         Ok(())
     }
 }

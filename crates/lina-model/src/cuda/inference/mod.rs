@@ -3,23 +3,25 @@
 //! Which sequence has which pages, which slot holds which expert, where each row goes, and when an expert is copied is decided by
 //! the code that serves processors (`inference`); here are the kernels' launches, and real copies behind the brain's decisions.
 //! One set of activations serves all layers. The host waits for the device once in each layer with experts, for the gate's
-//! choices, and once for the logits.
+//! choices, and once for the logits; in a step of few tokens on a job's only rank for the logits alone, and what it enqueued
+//! before is then one launch (`few`, `recordings`).
 
 mod attention;
 mod costs;
 mod exchange;
 mod experts;
+mod few;
 mod ffn;
+mod gate;
 mod moe;
+mod recordings;
 mod step;
 mod weights;
 
 use std::sync::Arc;
 
 use lina_comm::{Comm, WorkKind};
-use lina_cuda::{
-    self as cuda, Addend, Buffer as DeviceBuffer, CudaError, DType, Gpu, Mat, MatMut, PagedPlan, RotaryTable, matmul,
-};
+use lina_cuda::{self as cuda, Buffer as DeviceBuffer, CudaError, DType, Gpu, PagedMemory, PagedPlan, RotaryTable};
 use lina_kernels::{Compute, PAGE_TOKENS, PagedSequence, PagedShape, page_elements};
 use lina_plan::{ExpertScheduler, ExpertSchedulerSettings, PlacementError, PlacementPolicy};
 use thiserror::Error;
@@ -36,8 +38,10 @@ use crate::pass::product_flops;
 
 use attention::{Attention, CachedStep};
 use experts::DeviceExperts;
+use few::FewExperts;
 use ffn::DenseFfn;
 use moe::{Moe, MoeLayer};
+use recordings::{Recordings, StepLaunches};
 use step::Step;
 
 use crate::cuda::norm::Norm;
@@ -83,6 +87,8 @@ pub struct CudaInferenceModel {
     pages: Vec<DeviceBuffer>,
     rotary: Option<RotaryTable>,
     batch: LoadedBatch,
+    /// What attention computes in the step.
+    paged: PagedPlan,
     /// Local rows whose logits are wanted.
     wanted: Vec<u32>,
     /// Tokens, positions and wanted rows, one after another.
@@ -93,6 +99,11 @@ pub struct CudaInferenceModel {
     norm: Norm,
     ffn: DenseFfn,
     moe: Moe,
+    /// On a job's only rank.
+    few: Option<FewExperts>,
+    /// `[layers, tokens, top_k]`: what the last such step's layers chose.
+    choices: Vec<u32>,
+    recordings: Recordings,
     director: Option<ExpertDirector<DeviceExperts>>,
     /// What the director's brain was told.
     scheduler: ExpertSchedulerSettings,
@@ -146,16 +157,27 @@ impl CudaInferenceModel {
                 Some(ExpertDirector::new(config, scheduler, forecast, planning_flops, bytes, ranks, copies))
             }
         };
+        let few = match &director {
+            // Choices of the next gate come to the host.
+            _ if ranks > 1 || asks_next_gate => None,
+            director => {
+                let slot_of =
+                    |number, expert| director.as_ref().map_or(0, |director| director.slot_of(number, rank, expert));
+                Some(FewExperts::new(&gpu, config, dtype, max_tokens, slot_of)?)
+            }
+        };
         let page = page_elements(config.kv_heads, config.head_dim);
         let pages = (0..config.layers).map(|_| gpu.zeros(limits.pages * page, dtype));
         let stream = || gpu.uninit(max_tokens * config.hidden, dtype);
-        let model = CudaInferenceModel {
+        Ok(CudaInferenceModel {
             dtype,
             dense: DenseWeights::new(&gpu, &weights, dtype)?,
             cache: KvCache::without_memory(limits.pages),
             pages: pages.collect::<Result<_, CudaError>>()?,
             rotary,
             batch: LoadedBatch::with_capacity(max_tokens),
+            // A batch that the kernels cannot take is better found now.
+            paged: attention_plan(&gpu, config, &[], 0, dtype, PagedMemory::new(&gpu)?)?,
             wanted: Vec::new(),
             numbers: Vec::new(),
             numbers_on_device: gpu.uninit(3 * max_tokens, DType::U32)?,
@@ -163,6 +185,9 @@ impl CudaInferenceModel {
             norm: Norm::new(&gpu, config, dtype, max_tokens)?,
             ffn: DenseFfn::new(&gpu, config, dtype, max_tokens)?,
             moe: Moe::new(&gpu, config, dtype, max_tokens, route, asks_next_gate)?,
+            few,
+            choices: Vec::new(),
+            recordings: Recordings::default(),
             director,
             scheduler: settings,
             gate: Gate::Own,
@@ -176,10 +201,7 @@ impl CudaInferenceModel {
             gpu,
             weights,
             limits,
-        };
-        // A batch that the kernels cannot take is better found now.
-        model.plan(&[], 0)?;
-        Ok(model)
+        })
     }
 
     /// The configuration.
@@ -244,8 +266,8 @@ impl CudaInferenceModel {
         &mut self.logits_on_host
     }
 
-    /// Runs a step of as many tokens as the limits allow and forgets it, so that libraries, kernels and buffers are there before
-    /// anybody asks for a token. All ranks call it together, before their first step.
+    /// Runs a step of as many tokens as the limits allow, and one of a single token, and forgets them, so that libraries, kernels
+    /// and buffers are there before anybody asks for a token. All ranks call it together, before their first step.
     ///
     /// # Errors
     /// If a kernel does not compile, memory does not suffice, the device fails or the job does.
@@ -258,7 +280,7 @@ impl CudaInferenceModel {
         grow(&self.gpu, &mut self.logits, rows * config.vocab)?;
         let verify = self.verify.take();
         let outcome = match self.director.take() {
-            None => self.longest_step(comm),
+            None => self.made_up_steps(comm),
             // Who places experts learns nothing from made-up tokens: another one leaves them where they are.
             Some(mut director) => {
                 let settings = ExpertSchedulerSettings { placement: PlacementPolicy::Static, ..self.scheduler };
@@ -268,7 +290,7 @@ impl CudaInferenceModel {
                 let copies = director.copies;
                 let still = ExpertDirector::new(config, scheduler, Forecast::None, 0, 0, ranks, copies);
                 self.director = Some(still);
-                let outcome = self.longest_step(comm);
+                let outcome = self.made_up_steps(comm);
                 director.copies = self.director.take().expect("it was put there").copies;
                 self.director = Some(director);
                 outcome
@@ -287,18 +309,92 @@ impl CudaInferenceModel {
     /// # Panics
     /// If a feed's sequence is not in the cache.
     pub fn forward(&mut self, comm: &mut Comm, batch: InferenceBatch<'_>) -> Result<(), StepError> {
-        load_feeds(batch.feeds, &self.cache, &self.limits, self.weights.config(), &mut self.batch, &mut self.wanted)?;
-        let tokens = self.batch.tokens();
-        let plan = self.plan(&paged_sequences(batch.feeds, self.cache.sequences()), tokens)?;
+        let weights = Arc::clone(&self.weights);
+        let config = weights.config();
+        load_feeds(batch.feeds, &self.cache, &self.limits, config, &mut self.batch, &mut self.wanted)?;
+        self.load_attention(&batch)?;
         self.load_numbers()?;
-        let CudaInferenceModel { gpu, dtype, weights, dense, moe, director, norm, pages, rotary, .. } = self;
+        let tokens = self.batch.tokens();
+        let (rows, hidden, vocab) = (self.wanted.len(), config.hidden, config.vocab);
+        grow(&self.gpu, &mut self.last, rows * hidden)?;
+        grow(&self.gpu, &mut self.logits, rows * vocab)?;
+        if let Some(director) = &mut self.director {
+            director.begin(comm, tokens, batch.truth)?;
+        }
+        let visible_pairs = visible_pairs(batch.feeds, &self.cache, config.sliding_window);
+        let few = matches!(self.gate, Gate::Own)
+            && self.verify.is_none()
+            && self.few.as_ref().is_some_and(|few| few.takes(tokens));
+        if few {
+            self.run_few(comm, &batch, visible_pairs)?;
+        } else {
+            self.enqueue(comm, &batch, visible_pairs, false)?;
+        }
+        for feed in batch.feeds {
+            self.cache.extend(feed.id, feed.tokens.len());
+        }
+        self.logits_on_host.resize(rows * vocab, 0.0);
+        let logits = self.logits.slice(0..rows * vocab);
+        match &self.few {
+            Some(experts) if few => {
+                let (layers, choices) = (config.moe_layers(), tokens * config.top_k);
+                self.choices.resize(layers * choices, 0);
+                let choices = (experts.choices(layers, choices), self.choices.as_mut_slice());
+                self.gpu.download_both((logits, &mut self.logits_on_host), choices)?;
+                self.report_choices(comm)
+            }
+            _ => Ok(self.gpu.download(logits, &mut self.logits_on_host)?),
+        }
+    }
+
+    /// Enqueues a step whose experts wait for nobody, in one launch if the like has been before.
+    fn run_few(&mut self, comm: &mut Comm, batch: &InferenceBatch<'_>, visible_pairs: u64) -> Result<(), StepError> {
+        // Who times launches wants to see each.
+        if self.gpu.is_timed() {
+            return self.enqueue(comm, batch, visible_pairs, true);
+        }
+        let step = StepLaunches {
+            attention: self.paged.launches(),
+            rows: self.wanted.len(),
+            addresses: [&self.last, &self.logits].map(|buffer| buffer.whole().ptr()),
+        };
+        let mut recordings = std::mem::take(&mut self.recordings);
+        let outcome = recordings.run(step, self, |model| model.enqueue(comm, batch, visible_pairs, true));
+        self.recordings = recordings;
+        outcome
+    }
+
+    /// Tells the director what the last step's layers chose.
+    fn report_choices(&mut self, comm: &mut Comm) -> Result<(), StepError> {
+        let CudaInferenceModel { weights, choices, moe, director, record, .. } = self;
+        let (config, Some(director)) = (weights.config(), director) else { return Ok(()) };
+        let layers = config.moe_layers();
+        // Without tokens, layers of none.
+        for number in 0..layers {
+            let index = &choices[number * choices.len() / layers..(number + 1) * choices.len() / layers];
+            moe.report(comm, config, director, (config.moe_layer(number), number), index)?;
+            if let Some(record) = record {
+                record.choices.extend_from_slice(index);
+                record.forecasts.extend_from_slice(director.forecasts());
+            }
+        }
+        Ok(())
+    }
+
+    /// Enqueues a step, up to its logits; with `few`, nothing of it waits for the device.
+    fn enqueue(
+        &mut self,
+        comm: &mut Comm,
+        batch: &InferenceBatch<'_>,
+        visible_pairs: u64,
+        few: bool,
+    ) -> Result<(), StepError> {
+        let tokens = self.batch.tokens();
+        let CudaInferenceModel { gpu, dtype, weights, dense, moe, director, norm, pages, rotary, paged, .. } = self;
         let (config, layout) = (weights.config(), weights.layout());
         let gpu = &*gpu;
-        let mut step = Step { gpu, dtype: *dtype, config, layout, dense, tokens, comm };
+        let mut step = Step { gpu, dtype: *dtype, config, layout, dense, tokens, few, comm };
         let elements = tokens * config.hidden;
-        if let Some(director) = director {
-            director.begin(step.comm, tokens, batch.truth)?;
-        }
         step.work(WorkKind::Embedding, None, 0)?;
         let positions = self.numbers_on_device.slice(tokens..2 * tokens);
         let embedded = self.x.slice_mut(0..elements);
@@ -309,42 +405,44 @@ impl CudaInferenceModel {
             cuda::add_position_embedding(gpu, dense.matrix(table), positions, embedded)?;
         }
 
-        let visible_pairs = visible_pairs(batch.feeds, &self.cache, config.sliding_window);
-        let cached = CachedStep { positions, plan: &plan, rotary: rotary.as_ref(), visible_pairs };
+        let cached = CachedStep { positions, plan: paged, rotary: rotary.as_ref(), visible_pairs };
         let mut number = 0;
         for (layer, pages) in pages.iter_mut().enumerate() {
             let (x, y) = (self.x.slice(0..elements), self.y.slice_mut(0..elements));
             self.attention.forward(&mut step, &cached, layer, pages.whole_mut(), x, y)?;
             let (x, y) = (self.y.slice(0..elements), self.x.slice_mut(0..elements));
-            if config.is_moe(layer) {
-                let verify = self.verify.as_ref().map(|(every, compute)| (*every, compute, &**weights));
-                let place = MoeLayer { layer, number, gate: &self.gate, token_offset: batch.token_offset, verify };
-                let director = director.as_mut().expect("a model with experts has a director");
-                moe.forward(&mut step, director, &place, x, y)?;
-                if let Some(record) = &mut self.record {
-                    record.choices.extend_from_slice(moe.index());
-                    record.forecasts.extend_from_slice(director.forecasts());
-                }
-                number += 1;
-            } else {
+            if !config.is_moe(layer) {
                 self.ffn.forward(&mut step, layer, norm, x, y)?;
+                continue;
             }
+            let director = director.as_mut().expect("a model with experts has a director");
+            match &mut self.few {
+                Some(experts) if few => {
+                    let weights = director.copies.layer(number);
+                    experts.forward(&mut step, moe.gate(), (layer, number), weights, x, y)?;
+                }
+                _ => {
+                    let verify = self.verify.as_ref().map(|(every, compute)| (*every, compute, &**weights));
+                    let place = MoeLayer { layer, number, gate: &self.gate, token_offset: batch.token_offset, verify };
+                    moe.forward(&mut step, director, &place, x, y)?;
+                    if let Some(record) = &mut self.record {
+                        record.choices.extend_from_slice(moe.index());
+                        record.forecasts.extend_from_slice(director.forecasts());
+                    }
+                }
+            }
+            number += 1;
         }
-        for feed in batch.feeds {
-            self.cache.extend(feed.id, feed.tokens.len());
-        }
-        self.head(comm)
+        self.head(comm, few)
     }
 
-    /// Logits of the wanted rows, on the host.
-    fn head(&mut self, comm: &mut Comm) -> Result<(), StepError> {
+    /// Enqueues the logits of the wanted rows.
+    fn head(&mut self, comm: &mut Comm, few: bool) -> Result<(), StepError> {
         let CudaInferenceModel { gpu, dtype, weights, dense, norm, last, logits, .. } = self;
         let (config, layout, tokens) = (weights.config(), weights.layout(), self.batch.tokens());
         let (rows, hidden, vocab) = (self.wanted.len(), config.hidden, config.vocab);
-        grow(gpu, last, rows * hidden)?;
-        grow(gpu, logits, rows * vocab)?;
         let gpu = &*gpu;
-        let mut step = Step { gpu, dtype: *dtype, config, layout, dense, tokens, comm };
+        let mut step = Step { gpu, dtype: *dtype, config, layout, dense, tokens, few, comm };
         step.work(WorkKind::Head, None, product_flops(rows, vocab, hidden))?;
         let mut x = self.x.slice(0..tokens * hidden);
         // Rows are wanted in order: as many as there are tokens are all of them.
@@ -354,20 +452,20 @@ impl CudaInferenceModel {
             x = last.slice(0..rows * hidden);
         }
         step.normalise(norm, &layout.final_norm, x)?;
-        let normed = Mat::new(norm.output(rows), rows, hidden);
-        let weight = Mat::new(dense.matrix(&layout.lm_head), vocab, hidden);
-        let product = MatMut::new(logits.slice_mut(0..rows * vocab), rows, vocab);
-        matmul(gpu, product, normed, weight.t(), Addend::None)?;
-        self.logits_on_host.resize(rows * vocab, 0.0);
-        gpu.download(logits.slice(0..rows * vocab), &mut self.logits_on_host)?;
-        Ok(())
+        let logits = logits.slice_mut(0..rows * vocab);
+        Ok(step.product(logits, norm.output(rows), dense.matrix(&layout.lm_head), [vocab, hidden], None)?)
     }
 
-    /// A step of tokens of its own making, of sequences as long as can be.
-    fn longest_step(&mut self, comm: &mut Comm) -> Result<(), StepError> {
-        let InferenceLimits { max_tokens, max_sequence_tokens, .. } = self.limits;
+    fn made_up_steps(&mut self, comm: &mut Comm) -> Result<(), StepError> {
+        self.made_up_step(comm, self.limits.max_tokens)?;
+        self.made_up_step(comm, 1)
+    }
+
+    /// A step of `tokens` tokens of its own making, of sequences as long as can be.
+    fn made_up_step(&mut self, comm: &mut Comm, tokens: usize) -> Result<(), StepError> {
+        let max_sequence_tokens = self.limits.max_sequence_tokens;
         // A stride that shares no factor with usual sizes of vocabularies visits many tokens.
-        let text: Vec<u32> = (0..max_tokens).map(|token| (token * 7919 % self.config().vocab) as u32).collect();
+        let text: Vec<u32> = (0..tokens).map(|token| (token * 7919 % self.config().vocab) as u32).collect();
         let mut feeds = Vec::new();
         let mut rest = text.as_slice();
         while !rest.is_empty() && self.cache.free_pages() > 0 {
@@ -387,14 +485,13 @@ impl CudaInferenceModel {
         Ok(())
     }
 
-    /// What attention computes in a step of `tokens` tokens.
-    fn plan(&self, sequences: &[PagedSequence<'_>], tokens: usize) -> Result<PagedPlan, CudaError> {
-        let config = self.config();
-        let shape = PagedShape {
-            window: config.sliding_window,
-            ..PagedShape::fused(sequences, config.heads, config.kv_heads, config.head_dim)
-        };
-        PagedPlan::new(&self.gpu, &shape, tokens, self.dtype)
+    /// Plans the step's attention, in the memory of the step before.
+    fn load_attention(&mut self, batch: &InferenceBatch<'_>) -> Result<(), CudaError> {
+        let (gpu, config, dtype, tokens) = (&self.gpu, self.weights.config(), self.dtype, self.batch.tokens());
+        let sequences = paged_sequences(batch.feeds, self.cache.sequences());
+        let memory = self.paged.take_memory(gpu)?;
+        self.paged = attention_plan(gpu, config, &sequences, tokens, dtype, memory)?;
+        Ok(())
     }
 
     /// Takes the batch's numbers to the device.
@@ -405,4 +502,20 @@ impl CudaInferenceModel {
         let on_device = self.numbers_on_device.slice_mut(0..self.numbers.len());
         self.gpu.upload(&self.numbers, on_device)
     }
+}
+
+/// What attention computes in a step of `tokens` tokens.
+fn attention_plan(
+    gpu: &Gpu,
+    config: &ModelConfig,
+    sequences: &[PagedSequence<'_>],
+    tokens: usize,
+    dtype: DType,
+    memory: PagedMemory,
+) -> Result<PagedPlan, CudaError> {
+    let shape = PagedShape {
+        window: config.sliding_window,
+        ..PagedShape::fused(sequences, config.heads, config.kv_heads, config.head_dim)
+    };
+    PagedPlan::with_memory(gpu, &shape, tokens, dtype, memory)
 }

@@ -1,19 +1,18 @@
 //! The MoE layer of a step on a device, in the order of [`inference::moe`](crate::inference::moe): the gate's choices come to
 //! the host, which decides with the brain where rows go, and tells the device.
 
-use lina_comm::{Leg, WorkKind};
-use lina_cuda::{
-    self as cuda, Addend, Buffer as DeviceBuffer, CudaError, DType, Gpu, Mat, MatMut, Slice, SliceMut, matmul,
-};
+use lina_comm::{Comm, Leg, WorkKind};
+use lina_cuda::{self as cuda, Buffer as DeviceBuffer, CudaError, DType, Gpu, Slice, SliceMut};
 use lina_kernels::Compute;
+use lina_plan::TokenShares;
 
 use super::exchange::{RowExchanges, RowRoute};
 use super::experts::DeviceExperts;
+use super::gate::GateScratch;
 use super::step::Step;
 use crate::batch::StepError;
 use crate::config::ModelConfig;
 use crate::cuda::experts::Experts;
-use crate::cuda::norm::Norm;
 use crate::cuda::pass::grow;
 use crate::experts::{self, ExpertShape};
 use crate::inference::director::ExpertDirector;
@@ -36,6 +35,8 @@ pub(super) struct Moe {
     /// Of the layer, and of the one after it where its gate is asked ahead of time.
     gate: GateScratch,
     next_gate: Option<GateScratch>,
+    /// `[max_tokens, top_k]`: what a gate chose.
+    chosen: DeviceBuffer,
     plan: DispatchPlan,
     /// `[tokens, top_k]`: chosen experts, most probable first.
     index: Vec<u32>,
@@ -55,19 +56,6 @@ pub(super) struct Moe {
     exchanges: RowExchanges,
 }
 
-/// A gate at work.
-#[derive(Debug)]
-struct GateScratch {
-    norm: Norm,
-    /// `[max_tokens, experts]`, f32.
-    logits: DeviceBuffer,
-    probabilities: DeviceBuffer,
-    /// `[max_tokens, top_k]`.
-    index: DeviceBuffer,
-    /// `[max_tokens, top_k]`, f32.
-    weight: DeviceBuffer,
-}
-
 /// A layer that is computed, and how.
 pub(super) struct MoeLayer<'a> {
     /// Index in the model, and among the layers with experts.
@@ -78,46 +66,6 @@ pub(super) struct MoeLayer<'a> {
     pub token_offset: u64,
     /// Recomputes every n-th token on the host, from its weights, and compares.
     pub verify: Option<(u64, &'a Compute, &'a InferenceWeights)>,
-}
-
-impl GateScratch {
-    fn new(gpu: &Gpu, config: &ModelConfig, dtype: DType, max_tokens: usize) -> Result<Self, CudaError> {
-        let (experts, top_k) = (max_tokens * config.experts, max_tokens * config.top_k);
-        Ok(GateScratch {
-            norm: Norm::new(gpu, config, dtype, max_tokens)?,
-            logits: gpu.uninit(experts, DType::F32)?,
-            probabilities: gpu.uninit(experts, DType::F32)?,
-            index: gpu.uninit(top_k, DType::U32)?,
-            weight: gpu.uninit(top_k, DType::F32)?,
-        })
-    }
-
-    /// Has the gate of `layer` choose experts for `x`.
-    fn choose(&mut self, step: &Step<'_>, layer: usize, x: Slice<'_>) -> Result<(), CudaError> {
-        let (config, gpu, tokens) = (step.config, step.gpu, step.tokens);
-        let (hidden, experts, top_k) = (config.hidden, config.experts, config.top_k);
-        let places = &step.layout.layers[layer].feed_forward;
-        step.normalise(&mut self.norm, &places.norm, x)?;
-        let gate = Mat::new(step.dense.matrix(places.gate()), experts, hidden);
-        let normed = Mat::new(self.norm.output(tokens), tokens, hidden);
-        let logits = MatMut::new(self.logits.slice_mut(0..tokens * experts), tokens, experts);
-        matmul(gpu, logits, normed, gate.t(), Addend::None)?;
-        cuda::router_forward(
-            gpu,
-            self.logits.slice(0..tokens * experts),
-            top_k,
-            config.renormalise,
-            self.probabilities.slice_mut(0..tokens * experts),
-            self.index.slice_mut(0..tokens * top_k),
-            self.weight.slice_mut(0..tokens * top_k),
-        )
-    }
-
-    /// The choices, on the host.
-    fn chosen(&self, gpu: &Gpu, choices: usize, index: &mut Vec<u32>) -> Result<(), CudaError> {
-        index.resize(choices, 0);
-        gpu.download(self.index.slice(0..choices), index)
-    }
 }
 
 impl Moe {
@@ -136,6 +84,7 @@ impl Moe {
             shape: ExpertShape::new(config),
             gate: gate()?,
             next_gate: asks_next_gate.then(gate).transpose()?,
+            chosen: gpu.uninit(max_tokens * config.top_k, DType::U32)?,
             plan: DispatchPlan::default(),
             index: Vec::new(),
             next_index: Vec::new(),
@@ -162,13 +111,7 @@ impl Moe {
     ) -> Result<(), StepError> {
         let (config, gpu, hidden) = (step.config, step.gpu, step.config.hidden);
         self.route(step, director, layer, x)?;
-        self.counts.clear();
-        self.counts.resize(config.experts, 0);
-        self.index.iter().for_each(|&expert| self.counts[expert as usize] += 1);
-        let place = (layer.layer, layer.number);
-        let (counts, assigned) = (&self.counts, &mut self.assigned);
-        exchange_counts(step.comm, self.exchanges.hosts(), director, place, counts, assigned)?;
-        let shares = director.settle(step.comm, layer.number, &self.assigned)?;
+        let shares = self.settle(step.comm, config, director, (layer.layer, layer.number))?;
         let rank = step.comm.rank();
         self.plan.place(rank, &shares, &self.index, config.top_k);
         self.plan.name_slots(|expert| director.slot_of(layer.number, rank, expert));
@@ -187,8 +130,44 @@ impl Moe {
         let (choices, sent) = (self.index.len(), self.plan.chunk.sent.len());
         let position = self.places_on_device.slice(0..choices);
         let returned = self.returned.slice(0..sent * hidden);
-        cuda::combine_rows(gpu, returned, hidden, position, self.gate.weight.slice(0..choices), x, y.reborrow())?;
+        cuda::combine_rows(gpu, returned, hidden, position, self.gate.weights(choices), x, y.reborrow())?;
         self.verify(step, layer, x, y.as_slice())
+    }
+
+    /// The gate of the layer, for experts that others compute.
+    pub fn gate(&mut self) -> &mut GateScratch {
+        &mut self.gate
+    }
+
+    /// A layer of a step that this rank has computed alone chose `index`, `[tokens, top_k]`: what there is to learn from it.
+    pub fn report(
+        &mut self,
+        comm: &mut Comm,
+        config: &ModelConfig,
+        director: &mut ExpertDirector<DeviceExperts>,
+        (layer, number): (usize, usize),
+        index: &[u32],
+    ) -> Result<(), StepError> {
+        self.index.clear();
+        self.index.extend_from_slice(index);
+        director.observe(number, index, &[]);
+        self.settle(comm, config, director, (layer, number)).map(drop)
+    }
+
+    /// Where the rows of the layer's choices go, of this rank and of all.
+    fn settle(
+        &mut self,
+        comm: &mut Comm,
+        config: &ModelConfig,
+        director: &mut ExpertDirector<DeviceExperts>,
+        (layer, number): (usize, usize),
+    ) -> Result<TokenShares, StepError> {
+        self.counts.clear();
+        self.counts.resize(config.experts, 0);
+        self.index.iter().for_each(|&expert| self.counts[expert as usize] += 1);
+        let (counts, assigned) = (&self.counts, &mut self.assigned);
+        exchange_counts(comm, self.exchanges.hosts(), director, (layer, number), counts, assigned)?;
+        director.settle(comm, number, &self.assigned)
     }
 
     /// The experts that the last forward's layer chose, `[tokens, top_k]`.
@@ -207,16 +186,20 @@ impl Moe {
         let (config, gpu, choices) = (step.config, step.gpu, step.tokens * step.config.top_k);
         let flops = product_flops(step.tokens, config.experts, config.hidden);
         step.work(WorkKind::Router, Some(layer.layer), flops)?;
-        self.gate.choose(step, layer.layer, x)?;
+        let chosen = 0..choices;
         self.next_index.clear();
         if let Some(next_gate) = &mut self.next_gate
             && director.asks_next_gate(layer.number)
         {
             step.work(WorkKind::Router, Some(layer.layer), flops)?;
-            next_gate.choose(step, config.moe_layer(layer.number + 1), x)?;
-            next_gate.chosen(gpu, choices, &mut self.next_index)?;
+            let next = config.moe_layer(layer.number + 1);
+            next_gate.choose(step, next, x, self.chosen.slice_mut(chosen.clone()))?;
+            self.next_index.resize(choices, 0);
+            gpu.download(self.chosen.slice(chosen.clone()), &mut self.next_index)?;
         }
-        self.gate.chosen(gpu, choices, &mut self.index)?;
+        self.gate.choose(step, layer.layer, x, self.chosen.slice_mut(chosen.clone()))?;
+        self.index.resize(choices, 0);
+        gpu.download(self.chosen.slice(chosen), &mut self.index)?;
         layer.gate.force(layer.number, layer.token_offset, config, &mut self.index);
         director.observe(layer.number, &self.index, &self.next_index);
         Ok(())
@@ -250,7 +233,7 @@ impl Moe {
         let choices = self.index.len();
         let token_of_row = self.places_on_device.slice(choices..choices + rows);
         let inputs = self.inputs.slice_mut(0..rows * hidden);
-        cuda::gather_rows(gpu, self.gate.norm.output(step.tokens), hidden, token_of_row, inputs)?;
+        cuda::gather_rows(gpu, self.gate.normed(step.tokens), hidden, token_of_row, inputs)?;
         step.work(WorkKind::ExpertFfn, Some(layer.layer), self.shape.flops(rows))?;
         grow(gpu, &mut self.returned, rows * hidden)?;
         let Moe { shape, plan, inputs, projected, units, returned, .. } = self;
@@ -272,7 +255,7 @@ impl Moe {
         let mut exchange = self.exchanges.take(gpu, dispatch, hidden, &chunk.send_rows, &chunk.recv_rows)?;
         let token_of_row = self.places_on_device.slice(choices..choices + sent);
         let send = exchange.send.slice_mut(0..sent * hidden);
-        cuda::gather_rows(gpu, self.gate.norm.output(step.tokens), hidden, token_of_row, send)?;
+        cuda::gather_rows(gpu, self.gate.normed(step.tokens), hidden, token_of_row, send)?;
         let travelling = self.exchanges.begin(step.comm, gpu, exchange)?;
         // While the tokens travel: where the next layer's experts will be, and the copies that bring them there.
         director.prepare_next(step.comm, layer.number)?;
@@ -307,9 +290,9 @@ impl Moe {
         let tolerance = if step.dtype == DType::F32 { F32_TOLERANCE } else { BF16_TOLERANCE };
         for token in (0..step.tokens).filter(|&token| (layer.token_offset + token as u64).is_multiple_of(every)) {
             let (row, choices) = (token * hidden..(token + 1) * hidden, token * top_k..(token + 1) * top_k);
-            let normed = gpu.to_host::<f32>(self.gate.norm.output(step.tokens).slice(row.clone()))?;
+            let normed = gpu.to_host::<f32>(self.gate.normed(step.tokens).slice(row.clone()))?;
             let [x, found] = [gpu.to_host::<f32>(x.slice(row.clone()))?, gpu.to_host::<f32>(y.slice(row))?];
-            let weights = gpu.to_host::<f32>(self.gate.weight.slice(choices.clone()))?;
+            let weights = gpu.to_host::<f32>(self.gate.weights(step.tokens * top_k).slice(choices.clone()))?;
             let alone = recompute(&experts, &normed, &x, &self.index[choices], &weights);
             VerificationError::check(layer.layer, token, tolerance, &alone, &found)?;
         }

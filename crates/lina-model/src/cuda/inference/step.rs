@@ -1,7 +1,7 @@
 //! What sub-layers share while a step on a device is under way, and the norm that most of them begin with.
 
 use lina_comm::{Comm, CommError, Work, WorkKind};
-use lina_cuda::{CudaError, DType, Gpu, Slice};
+use lina_cuda::{Addend, CudaError, DType, Gpu, Mat, MatMut, Slice, SliceMut, few_matmul, matmul};
 
 use super::weights::DenseWeights;
 use crate::config::ModelConfig;
@@ -17,6 +17,8 @@ pub(super) struct Step<'a> {
     pub dense: &'a DenseWeights,
     /// Local tokens.
     pub tokens: usize,
+    /// They are few, and their products those of [`few_matmul`].
+    pub few: bool,
     pub comm: &'a mut Comm,
 }
 
@@ -25,6 +27,23 @@ impl Step<'_> {
     pub fn normalise(&self, norm: &mut Norm, place: &NormPlace, x: Slice<'_>) -> Result<(), CudaError> {
         let vectors = (self.dense.vector(&place.weight), place.bias.as_ref().map(|bias| self.dense.vector(bias)));
         norm.normalise(self.gpu, vectors, self.config.norm_epsilon, x)
+    }
+
+    /// `y = x · weightᵀ`, plus `addend` (`[rows, n]`) if there is one: `x` is `[rows, k]`, `weight` `[n, k]`, `y` `[rows, n]`.
+    pub fn product(
+        &self,
+        y: SliceMut<'_>,
+        x: Slice<'_>,
+        weight: Slice<'_>,
+        [n, k]: [usize; 2],
+        addend: Option<Slice<'_>>,
+    ) -> Result<(), CudaError> {
+        if self.few {
+            return few_matmul(self.gpu, x, weight, [n, k], addend, y);
+        }
+        let rows = x.len() / k;
+        let addend = addend.map_or(Addend::None, |addend| Addend::Add(Mat::new(addend, rows, n)));
+        matmul(self.gpu, MatMut::new(y, rows, n), Mat::new(x, rows, k), Mat::new(weight, n, k).t(), addend)
     }
 
     /// Announces the computation that follows.
