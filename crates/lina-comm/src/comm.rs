@@ -78,8 +78,9 @@ pub(crate) trait Port: Send {
     fn end_step(&mut self) -> StepStats;
     /// Turns recording of spans on or off and takes what was recorded.
     fn record(&mut self, on: bool) -> Vec<Span>;
-    /// Whether this rank has long work on the host, for which the others wait as long as it takes.
-    fn set_busy(&mut self, busy: bool);
+    /// Says whether this rank has long work on the host, for which the others wait as long as it takes; returns what it said
+    /// before.
+    fn set_busy(&mut self, busy: bool) -> bool;
     /// Tells the other ranks that this one failed.
     fn fail(&mut self, reason: String);
 }
@@ -421,12 +422,12 @@ impl Comm {
         self.port.record(on)
     }
 
-    /// Runs `work` on the host, which may take long without a call on this handle, such as reading or writing a checkpoint.
-    /// Ranks that wait for this one meanwhile do not take it for silent as long as its process lives.
+    /// Runs `work` on the host, which may take long, such as reading or writing a checkpoint. Ranks that wait for this one
+    /// meanwhile do not take it for silent as long as its process lives; where `work` waits for them, time counts as usual.
     pub fn busy<R>(&mut self, work: impl FnOnce(&mut Comm) -> R) -> R {
-        self.port.set_busy(true);
+        let before = self.port.set_busy(true);
         let result = work(self);
-        self.port.set_busy(false);
+        self.port.set_busy(before);
         result
     }
 

@@ -669,10 +669,11 @@ impl Port for EmulatedPort {
         std::mem::take(&mut rank.spans)
     }
 
-    fn set_busy(&mut self, busy: bool) {
+    fn set_busy(&mut self, busy: bool) -> bool {
         let mut state = self.shared.lock();
         let state = &mut state.ranks[self.rank];
-        (state.busy, state.last_seen) = (busy, Instant::now());
+        state.last_seen = Instant::now();
+        std::mem::replace(&mut state.busy, busy)
     }
 
     fn fail(&mut self, reason: String) {

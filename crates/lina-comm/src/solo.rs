@@ -130,7 +130,9 @@ impl Port for Solo {
         self.clock.record(on)
     }
 
-    fn set_busy(&mut self, _busy: bool) {}
+    fn set_busy(&mut self, _busy: bool) -> bool {
+        false
+    }
 
     fn fail(&mut self, _reason: String) {}
 }

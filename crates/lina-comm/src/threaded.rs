@@ -126,8 +126,9 @@ impl Mailbox {
         self.busy.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn set_busy(&self, busy: bool) {
-        self.busy.store(busy, Ordering::Relaxed);
+    /// Says so, and returns what was said before.
+    pub(crate) fn set_busy(&self, busy: bool) -> bool {
+        self.busy.swap(busy, Ordering::Relaxed)
     }
 
     /// Wakes the communication thread: its engine has news.
@@ -245,7 +246,19 @@ impl ThreadedPort {
     }
 
     /// Blocks until `ready` yields.
-    fn wait<R>(&mut self, awaited: Awaited, mut ready: impl FnMut(&mut Mail) -> Option<R>) -> Result<R, CommError> {
+    fn wait<R>(&mut self, awaited: Awaited, ready: impl FnMut(&mut Mail) -> Option<R>) -> Result<R, CommError> {
+        // Who waits for others is not busy: else ranks that wait for each other would never name the one that hangs.
+        let busy = self.mailbox.set_busy(false);
+        let result = self.wait_idly(awaited, ready);
+        self.mailbox.set_busy(busy);
+        result
+    }
+
+    fn wait_idly<R>(
+        &mut self,
+        awaited: Awaited,
+        mut ready: impl FnMut(&mut Mail) -> Option<R>,
+    ) -> Result<R, CommError> {
         self.clock.end_work();
         self.clock.check()?;
         let start = self.clock.now();
@@ -352,8 +365,8 @@ impl Port for ThreadedPort {
         spans
     }
 
-    fn set_busy(&mut self, busy: bool) {
-        self.mailbox.set_busy(busy);
+    fn set_busy(&mut self, busy: bool) -> bool {
+        self.mailbox.set_busy(busy)
     }
 
     fn fail(&mut self, reason: String) {

@@ -247,14 +247,21 @@ fn a_rank_that_says_that_it_is_busy_is_waited_for() {
         }
         comm.sum(&mut [1.0])
     }
+    fn silent(comm: &mut Comm) -> Outcome {
+        late(comm, |_| std::thread::sleep(4 * TIMEOUT))
+    }
+    // Those who are busy waiting are not busy.
+    fn waited_for(comm: &mut Comm) -> Outcome {
+        if comm.rank() == 1 { silent(comm) } else { comm.busy(silent) }
+    }
     for body in Body::ALL {
         let busy = |comm: &mut Comm| late(comm, |comm| comm.busy(|_| std::thread::sleep(4 * TIMEOUT)));
         let outcomes = run(body, TIMEOUT, busy);
         assert!(outcomes.iter().all(|outcome| *outcome == Some(Ok(()))), "{body:?}: {outcomes:?}");
-        let silent = |comm: &mut Comm| late(comm, |_| std::thread::sleep(4 * TIMEOUT));
-        let outcomes = run(body, TIMEOUT, silent);
         let named = |outcome: &Option<Outcome>| matches!(outcome, Some(Err(CommError::RankSilent { rank: 1, .. })));
-        assert!(outcomes.iter().all(named), "{body:?}: {outcomes:?}");
+        for outcomes in [run(body, TIMEOUT, silent), run(body, TIMEOUT, waited_for)] {
+            assert!(outcomes.iter().all(named), "{body:?}: {outcomes:?}");
+        }
     }
 }
 

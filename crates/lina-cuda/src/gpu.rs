@@ -1,6 +1,6 @@
 //! A rank's GPU: its compute stream, its compiled kernels, and copies between host and device.
 
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
@@ -29,6 +29,8 @@ pub struct Gpu {
     kernels: RefCell<HashMap<&'static str, HashMap<String, Kernel>>>,
     blas: OnceCell<Blas>,
     timeline: Timeline,
+    /// Launches are noted instead of run.
+    pub(crate) recording: Cell<bool>,
 }
 
 impl Gpu {
@@ -45,6 +47,7 @@ impl Gpu {
             kernels: RefCell::default(),
             blas: OnceCell::new(),
             timeline: Timeline::default(),
+            recording: Cell::new(false),
         })
     }
 
@@ -85,7 +88,11 @@ impl Gpu {
     ///
     /// # Errors
     /// If the device's memory does not suffice.
+    ///
+    /// # Panics
+    /// If launches are being recorded, which would allocate the memory wherever they are launched.
     pub fn uninit(&self, elements: usize, dtype: DType) -> Result<Buffer, CudaError> {
+        assert!(elements == 0 || !self.recording.get(), "nothing is allocated while launches are recorded");
         Buffer::new(&self.stream, elements, dtype)
     }
 
@@ -97,6 +104,21 @@ impl Gpu {
         let mut buffer = self.uninit(elements, dtype)?;
         self.fill_zero(buffer.whole_mut())?;
         Ok(buffer)
+    }
+
+    /// Makes `buffer` at least `len` long, with whatever is in it; it grows by a quarter at least, so that a slowly rising
+    /// demand rarely allocates.
+    ///
+    /// # Errors
+    /// If the device's memory does not suffice.
+    pub fn grow(&self, buffer: &mut Buffer, len: usize) -> Result<(), CudaError> {
+        if buffer.len() < len {
+            let (target, dtype) = (len.max(buffer.len() + buffer.len() / 4), buffer.dtype());
+            // The old memory first: both may not fit.
+            *buffer = self.uninit(0, dtype)?;
+            *buffer = self.uninit(target, dtype)?;
+        }
+        Ok(())
     }
 
     /// Memory filled from the host, stored as `dtype`.

@@ -38,7 +38,8 @@ impl Drop for Graph {
 
 impl Gpu {
     /// From now on what this thread enqueues does not run but is noted, until [`end_recording`](Self::end_recording). What
-    /// loads a kernel, allocates or waits cannot be noted: the same has to have run once before.
+    /// loads a kernel, allocates or waits cannot be noted: the same has to have run once before. Nor can what reads or writes
+    /// host memory, which would be read and written whenever the launches are.
     ///
     /// # Errors
     /// If the device has failed.
@@ -47,14 +48,17 @@ impl Gpu {
         // Other threads may allocate and wait meanwhile.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives.
-        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.stream().raw(), mode) })
+        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.stream().raw(), mode) })?;
+        self.recording.set(true);
+        Ok(())
     }
 
     /// What was noted.
     ///
     /// # Errors
-    /// If something was enqueued that cannot be noted.
+    /// If something was enqueued that cannot be noted, or memory does not suffice.
     pub fn end_recording(&self) -> Result<Graph, CudaError> {
+        self.recording.set(false);
         self.device().bind()?;
         let mut graph = std::ptr::null_mut();
         // SAFETY: the out-parameter is valid, and the stream lives.

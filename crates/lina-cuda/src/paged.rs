@@ -122,8 +122,8 @@ impl PagedMemory {
     }
 }
 
-/// All that the launches of a plan depend on, apart from their operands: plans that have the same may follow each other in
-/// launches that were recorded.
+/// What the launches of a model's plans depend on, apart from their operands: plans that have the same may follow each other
+/// in launches that were recorded.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PagedLaunches {
     counts: [usize; 11],
@@ -261,8 +261,8 @@ impl PagedPlan {
                 (start, count)
             };
             let kept = states * heads_kv * rows;
-            make_room(gpu, &mut spans_memory.sums, kept * head_dim)?;
-            make_room(gpu, &mut spans_memory.states, kept * 2)?;
+            gpu.grow(&mut spans_memory.sums, kept * head_dim)?;
+            gpu.grow(&mut spans_memory.states, kept * 2)?;
             let (tasks, merges) = (place(tasks), place(merges));
             Ok(Pass { name, rows, threads, shared_bytes: shared_bytes(rows), tasks, merges })
         };
@@ -270,7 +270,7 @@ impl PagedPlan {
         let many = pass("many", many_rows, many_threads, false, &mut memory.many)?;
         let pages = words.len();
         words.extend(sequences.iter().flat_map(|sequence| sequence.pages));
-        make_room(gpu, &mut memory.tables, words.len())?;
+        gpu.grow(&mut memory.tables, words.len())?;
         gpu.upload(&words, memory.tables.slice_mut(0..words.len()))?;
         Ok(PagedPlan {
             dtype,
@@ -301,9 +301,15 @@ impl PagedPlan {
     pub fn launches(&self) -> PagedLaunches {
         let PagedMemory { tables, few, many } = &self.memory;
         let [(a, b), (c, d), (e, f), (g, h)] = [self.few.tasks, self.few.merges, self.many.tasks, self.many.merges];
+        // A pass without tasks launches nothing: where its memory is does not matter.
+        let spans = |pass: &Pass, memory: &SpanMemory| match pass.tasks {
+            (_, 0) => [0; 2],
+            _ => [&memory.sums, &memory.states].map(|buffer| buffer.whole().ptr()),
+        };
+        let ([i, j], [k, l]) = (spans(&self.few, few), spans(&self.many, many));
         PagedLaunches {
             counts: [self.tokens, self.new_tokens, a, b, c, d, e, f, g, h, self.pages],
-            addresses: [tables, &few.sums, &few.states, &many.sums, &many.states].map(|buffer| buffer.whole().ptr()),
+            addresses: [tables.whole().ptr(), i, j, k, l],
         }
     }
 
@@ -325,14 +331,6 @@ impl PagedPlan {
 /// A number of tasks that few numbers are rounded up to: at most a quarter more.
 fn rounded_up(tasks: usize) -> usize {
     tasks.next_multiple_of((tasks.next_power_of_two() / 8).max(1))
-}
-
-/// Makes `buffer` as long as `len` at least; what it held is lost if it grows.
-fn make_room(gpu: &Gpu, buffer: &mut Buffer, len: usize) -> Result<(), CudaError> {
-    if buffer.len() < len {
-        *buffer = gpu.uninit(len.next_power_of_two(), buffer.dtype())?;
-    }
-    Ok(())
 }
 
 /// One more than the largest number of a page that a new token sees.

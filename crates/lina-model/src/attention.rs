@@ -93,7 +93,7 @@ impl Attention {
         }
     }
 
-    /// Works for another layer from here on: what a forward left for its backward is lost.
+    /// Works for this layer from here on. If it is another one, what a forward left for its backward is lost.
     pub fn set_layer(&mut self, layer: usize) {
         self.layer = layer;
     }

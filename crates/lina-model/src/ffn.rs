@@ -68,7 +68,7 @@ impl DenseFfn {
         DenseFfn { layer, norm: Norm::new(config, max_tokens), projected: vec![0.0; max_tokens * input_width(config)] }
     }
 
-    /// Works for another layer from here on: what a forward left for its backward is lost.
+    /// Works for this layer from here on. If it is another one, what a forward left for its backward is lost.
     pub fn set_layer(&mut self, layer: usize) {
         self.layer = layer;
     }

@@ -86,8 +86,9 @@ fn fixed_elements(config: &ModelConfig, limits: ModelLimits, purpose: Purpose) -
         PositionKind::Rotary { .. } => limits.max_sequence_tokens * config.head_dim,
         PositionKind::Learned => 0,
     };
-    // The gradient of the residual stream and of a norm's output, and per token the router's and the loss.
+    // Of every token its router's gradients, and its loss below.
     let router = tokens * (config.experts + config.top_k);
+    // The gradients of the residual stream and of a norm's output.
     let backward = match purpose {
         Purpose::Training => 2 * stream + AttentionScratch::elements(config, tokens),
         Purpose::Evaluation => 0,

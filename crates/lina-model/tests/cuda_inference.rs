@@ -48,9 +48,9 @@ fn continuations(name: &str) -> Vec<(Vec<u32>, Vec<u32>)> {
         .collect()
 }
 
-const LIMITS: InferenceLimits = InferenceLimits { max_tokens: 160, max_sequence_tokens: 64, pages: 12 };
+const LIMITS: InferenceLimits = InferenceLimits { max_tokens: 160, max_sequence_tokens: 96, pages: 12 };
 
-/// With tokens that are verified the host settles where rows go, without them the device does in steps of few tokens.
+/// Steps of few tokens are recorded where none is verified.
 const VERIFICATIONS: [Option<u64>; 2] = [Some(2), None];
 
 /// A model on a GPU of its own, all experts in their slots.
@@ -136,7 +136,7 @@ fn in_pieces(
 fn device_logits(model: &mut CudaInferenceModel, pieces: &[usize]) -> Vec<f32> {
     let (config, mut comm) = (model.config().clone(), Comm::solo());
     let logits = in_pieces(&config, pieces, |admitted, batch| {
-        admitted.iter().for_each(|&id| model.cache().admit(id, 1));
+        admitted.iter().for_each(|&id| model.cache().admit(id, 2));
         comm.begin_evaluation(0).unwrap();
         model.forward(&mut comm, batch).unwrap();
         comm.end_step();
@@ -152,7 +152,7 @@ fn host_logits(weights: &Arc<InferenceWeights>, pieces: &[usize], gate: Gate) ->
     let mut model = InferenceModel::new(weights.clone(), 1, Compute::new(2), LIMITS, experts).unwrap();
     model.set_gate(gate);
     in_pieces(&config, pieces, |admitted, batch| {
-        admitted.iter().for_each(|&id| model.cache().admit(id, 1));
+        admitted.iter().for_each(|&id| model.cache().admit(id, 2));
         comm.begin_evaluation(0).unwrap();
         model.forward(&mut comm, batch).unwrap();
         comm.end_step();
@@ -193,17 +193,38 @@ fn logits_are_those_of_the_processor_however_a_sequence_is_cut() {
     let fixtures = ["mixtral", "olmoe", "olmoe_clip_sharded", "qwen3_moe"].map(|name| (name, loaded(name)));
     let initial = families().into_iter().map(|(name, config)| (name, Arc::new(InferenceWeights::initial(config, 3))));
     for (name, weights) in fixtures.into_iter().chain(initial) {
-        let whole = host_logits(&weights, &[40], Gate::Own);
+        // More tokens than few, for which the host settles where rows go.
+        let whole = host_logits(&weights, &[90], Gate::Own);
         for verify_every in VERIFICATIONS {
             let Some(gpu) = gpu() else { return };
             let mut model = alone(gpu, &weights, DType::F32, verify_every);
             // Twice: what has been recorded meanwhile says the same.
-            for pieces in [vec![40], vec![13, 1, 1, 25], vec![1; 40], vec![40], vec![1; 40]] {
+            for pieces in [vec![90], vec![13, 1, 1, 75], vec![1; 90], vec![90], vec![1; 90]] {
                 let found = device_logits(&mut model, &pieces);
                 assert_close(&format!("{name} in {} pieces", pieces.len()), &found, &whole);
             }
         }
     }
+}
+
+#[test]
+fn recorded_steps_say_the_same_after_buffers_have_grown() {
+    let Some(gpu) = gpu() else { return };
+    let weights = loaded("mixtral");
+    let config = weights.config();
+    let (mut model, mut comm) = (alone(gpu, &weights, DType::F32, None), Comm::solo());
+    model.record_routing();
+    let alone = [prompt(config, 9)];
+    let first = go_on(&mut model, &mut comm, &alone, 6);
+    let tokens = 9 + 5;
+    assert_eq!(model.take_record().choices.len(), tokens * config.moe_layers() * config.top_k);
+    // More tokens than few, and then steps with more rows of logits than before.
+    let others: Vec<Vec<u32>> = (1..9).map(|shift| prompt(config, 15 + shift)[shift..].to_vec()).collect();
+    let batched = go_on(&mut model, &mut comm, &others, 6);
+    assert_eq!(go_on(&mut model, &mut comm, &alone, 6), first);
+    model.warm_up(&mut comm).unwrap();
+    assert_eq!(go_on(&mut model, &mut comm, &alone, 6), first);
+    assert_eq!(go_on(&mut model, &mut comm, &others, 6), batched);
 }
 
 /// Continuations of `prompts` on ranks that are threads with one GPU, whose experts the scheduler moves between slots; and the

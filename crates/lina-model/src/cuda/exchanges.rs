@@ -3,8 +3,6 @@
 use lina_comm::{AllToAllKind, DeviceExchange};
 use lina_cuda::{Buffer as DeviceBuffer, CudaError, DType, Gpu};
 
-use super::pass::grow;
-
 /// Exchanges that are not under way.
 #[derive(Debug)]
 pub(crate) struct DeviceExchangePool {
@@ -46,7 +44,7 @@ impl DeviceExchangePool {
         let fit = |elements: &mut Vec<usize>, buffer: &mut DeviceBuffer, rows: &[usize]| {
             elements.clear();
             elements.extend(rows.iter().map(|rows| rows * width));
-            grow(gpu, buffer, elements.iter().sum())
+            gpu.grow(buffer, elements.iter().sum())
         };
         fit(&mut exchange.send_elements, &mut exchange.send, send_rows)?;
         fit(&mut exchange.recv_elements, &mut exchange.recv, recv_rows)?;

@@ -7,7 +7,7 @@ use lina_cuda::{
 
 use super::norm::Norm;
 use super::parameters::DeviceWeights;
-use super::pass::{BackwardStream, Pass, grow};
+use super::pass::{BackwardStream, Pass};
 use crate::batch::StepError;
 use crate::config::{FfnKind, ModelConfig};
 use crate::ffn::{input_width, two_matrix};
@@ -85,7 +85,7 @@ impl DenseFfn {
         Ok(DenseFfn { layer, norm: Norm::new(gpu, config, dtype, max_tokens)?, projected })
     }
 
-    /// Works for another layer from here on: what a forward left for its backward is lost.
+    /// Works for this layer from here on. If it is another one, what a forward left for its backward is lost.
     pub fn set_layer(&mut self, layer: usize) {
         self.layer = layer;
     }
@@ -105,7 +105,7 @@ impl DenseFfn {
         let (hidden, inner, width) = (config.hidden, config.dense_hidden, input_width(config));
         pass.work(WorkKind::DenseFfn, Some(self.layer), product_flops(tokens, width + inner, hidden))?;
         self.norm.forward(pass, &places.norm, weights, x)?;
-        grow(gpu, &mut scratch.hidden, tokens * inner)?;
+        gpu.grow(&mut scratch.hidden, tokens * inner)?;
 
         let normed = Mat::new(self.norm.output(tokens), tokens, hidden);
         let input = Mat::new(weights.matrix(input), width, hidden);
@@ -134,9 +134,9 @@ impl DenseFfn {
         let (input, down) = places.dense_matrices();
         let (hidden, inner, width) = (config.hidden, config.dense_hidden, input_width(config));
         pass.work(WorkKind::DenseFfn, Some(self.layer), 2 * product_flops(tokens, width + inner, hidden))?;
-        grow(gpu, &mut scratch.hidden, tokens * inner)?;
-        grow(gpu, &mut scratch.grad_hidden, tokens * inner)?;
-        grow(gpu, &mut scratch.grad_projected, tokens * width)?;
+        gpu.grow(&mut scratch.hidden, tokens * inner)?;
+        gpu.grow(&mut scratch.grad_hidden, tokens * inner)?;
+        gpu.grow(&mut scratch.grad_projected, tokens * width)?;
         let (unit_range, projected_range) = (0..tokens * inner, 0..tokens * width);
 
         let grad_y = stream.grad.as_slice();

@@ -231,8 +231,9 @@ impl CudaModel {
     /// If the device's memory does not suffice.
     ///
     /// # Panics
-    /// If the layout is for another number of ranks or experts.
+    /// If the layout is for another number of ranks or experts, or the model is for evaluation.
     pub fn set_experts(&mut self, experts: ExpertLayout) -> Result<(), CudaError> {
+        assert_eq!(self.purpose, Purpose::Training, "experts move while they are trained");
         let (old, rank) = (&self.experts, self.moe.rank());
         assert_eq!((old.ranks(), old.experts()), (experts.ranks(), experts.experts()), "ranks and experts stay");
         self.layout = ParameterLayout::new(&self.config, experts.held_by(rank));

@@ -185,7 +185,7 @@ impl Moe {
         })
     }
 
-    /// Works for another layer from here on: what a forward left for its backward is lost.
+    /// Works for this layer from here on. If it is another one, what a forward left for its backward is lost.
     pub fn set_layer(&mut self, config: &ModelConfig, layer: usize) {
         (self.layer, self.number) = (layer, moe_layers_below(config, layer));
     }
@@ -254,7 +254,7 @@ fn receive(
         shared.blocks_on_host.extend([arrived, block.rows.start as u32, count]);
         arrived += count;
     }
-    super::pass::grow(pass.gpu, &mut shared.blocks, shared.blocks_on_host.len())?;
+    pass.gpu.grow(&mut shared.blocks, shared.blocks_on_host.len())?;
     let numbers = 0..shared.blocks_on_host.len();
     pass.gpu.upload(&shared.blocks_on_host, shared.blocks.slice_mut(numbers.clone()))?;
     let source = exchange.recv.slice(0..arrived as usize * width);

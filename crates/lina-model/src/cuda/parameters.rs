@@ -123,7 +123,8 @@ impl DeviceWeights {
     }
 }
 
-/// The gradients of [`DeviceWeights`], f32, of a model for evaluation empty; ranges are in flight between backward and `Comm::finish_gradients`.
+/// The gradients of [`DeviceWeights`], f32, of a model for evaluation empty; ranges are in flight between backward and
+/// `Comm::finish_gradients`.
 #[derive(Debug)]
 pub struct DeviceGradients {
     /// `[dense_len]`.

@@ -115,15 +115,3 @@ pub(crate) fn attention_plan(
     let tokens = sequences.iter().map(|sequence| sequence.rows).sum();
     AttentionPlan::new(gpu, &shape, tokens, dtype)
 }
-
-/// Makes `buffer` at least `len` long, with whatever is in it; it grows by a quarter at least, so that a slowly rising demand
-/// rarely allocates.
-pub(crate) fn grow(gpu: &Gpu, buffer: &mut DeviceBuffer, len: usize) -> Result<(), CudaError> {
-    if buffer.len() < len {
-        let (target, dtype) = (len.max(buffer.len() + buffer.len() / 4), buffer.dtype());
-        // The old memory first: both may not fit.
-        *buffer = gpu.uninit(0, dtype)?;
-        *buffer = gpu.uninit(target, dtype)?;
-    }
-    Ok(())
-}

@@ -32,7 +32,7 @@ impl fmt::Debug for Gate {
 }
 
 impl Gate {
-    /// Replaces the choices `index` `[tokens, top_k]`, whose first token is `token_offset` of the step, if the gate is
+    /// Replaces the choices `index` `[tokens, top_k]`, whose first token is number `token_offset`, if the gate is
     /// not the model's own. Weights stay those of the model's choices.
     pub(crate) fn force(&self, number: usize, token_offset: u64, config: &ModelConfig, index: &mut [u32]) {
         let top_k = config.top_k as u64;

@@ -75,7 +75,7 @@ pub(super) struct MoeLayer<'a> {
     pub number: usize,
     pub weights: &'a InferenceWeights,
     pub gate: &'a Gate,
-    /// Index of this rank's first token among all ranks' tokens of the step.
+    /// Index of this rank's first token among all ranks' tokens.
     pub token_offset: u64,
     /// Recomputes every n-th token on this rank alone and compares.
     pub verify_every: Option<u64>,

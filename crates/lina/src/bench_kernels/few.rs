@@ -31,7 +31,7 @@ fn dense(meter: &mut Meter<'_>, tokens: usize) -> Result<(), CudaError> {
 
 fn experts(meter: &mut Meter<'_>, tokens: usize) -> Result<(), CudaError> {
     let (gpu, choices) = (meter.gpu, tokens * TOP_K);
-    // A step that shares no divisor with the number of experts visits all of them.
+    // A stride that shares no divisor with the number of experts visits all of them.
     let index: Vec<u32> = (0..choices).map(|choice| (choice * 29 % EXPERTS) as u32).collect();
     let index = gpu.buffer_from(&index, DType::U32)?;
     let slots = gpu.buffer_from(&(0..EXPERTS as u32).collect::<Vec<_>>(), DType::U32)?;

@@ -100,6 +100,11 @@ impl DeviceExperts {
         self.slots.layer(number)
     }
 
+    /// Whether every expert is where it was at first.
+    pub fn stay(&self) -> bool {
+        self.pinned.is_none()
+    }
+
     /// Whether rows can go to a slot.
     pub fn serves(&self, number: usize, slot: usize) -> bool {
         self.slots.serves(number, slot)

@@ -69,6 +69,11 @@ impl FewExperts {
         self.choices.slice(0..layers * choices)
     }
 
+    /// What the `number`-th layer of the last step chose, as soon as it has.
+    pub fn choices_of(&self, number: usize, choices: usize) -> Slice<'_> {
+        self.choices.slice(number * choices..(number + 1) * choices)
+    }
+
     /// `y = x + experts(norm(x))`, both `[tokens, hidden]`, of `layer`, the `number`-th with experts, whose `weights` are its
     /// slots, one after another.
     pub fn forward(

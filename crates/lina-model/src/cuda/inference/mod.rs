@@ -26,7 +26,6 @@ use lina_kernels::{Compute, PAGE_TOKENS, PagedSequence, PagedShape, page_element
 use lina_plan::{ExpertScheduler, ExpertSchedulerSettings, PlacementError, PlacementPolicy};
 use thiserror::Error;
 
-use super::pass::grow;
 use crate::batch::{LoadedBatch, StepError};
 use crate::config::{ModelConfig, PositionKind};
 use crate::inference::director::{ExpertDirector, Forecast};
@@ -77,6 +76,8 @@ pub struct DeviceRank {
 
 /// A decoder for inference on one rank's GPU.
 pub struct CudaInferenceModel {
+    /// Dropped before the kernels that are recorded.
+    recordings: Recordings,
     gpu: Gpu,
     dtype: DType,
     weights: Arc<InferenceWeights>,
@@ -103,7 +104,6 @@ pub struct CudaInferenceModel {
     few: Option<FewExperts>,
     /// `[layers, tokens, top_k]`: what the last such step's layers chose.
     choices: Vec<u32>,
-    recordings: Recordings,
     director: Option<ExpertDirector<DeviceExperts>>,
     /// What the director's brain was told.
     scheduler: ExpertSchedulerSettings,
@@ -158,8 +158,9 @@ impl CudaInferenceModel {
             }
         };
         let few = match &director {
-            // Choices of the next gate come to the host.
+            // Choices of the next gate come to the host, and experts that move have no place to rely on.
             _ if ranks > 1 || asks_next_gate => None,
+            Some(director) if !director.copies.stay() => None,
             director => {
                 let slot_of =
                     |number, expert| director.as_ref().map_or(0, |director| director.slot_of(number, rank, expert));
@@ -276,8 +277,8 @@ impl CudaInferenceModel {
         let config = weights.config();
         // Every sequence has a page, and may want one row.
         let rows = max_tokens.min(pages);
-        grow(&self.gpu, &mut self.last, rows * config.hidden)?;
-        grow(&self.gpu, &mut self.logits, rows * config.vocab)?;
+        self.gpu.grow(&mut self.last, rows * config.hidden)?;
+        self.gpu.grow(&mut self.logits, rows * config.vocab)?;
         let verify = self.verify.take();
         let outcome = match self.director.take() {
             None => self.made_up_steps(comm),
@@ -316,15 +317,13 @@ impl CudaInferenceModel {
         self.load_numbers()?;
         let tokens = self.batch.tokens();
         let (rows, hidden, vocab) = (self.wanted.len(), config.hidden, config.vocab);
-        grow(&self.gpu, &mut self.last, rows * hidden)?;
-        grow(&self.gpu, &mut self.logits, rows * vocab)?;
+        self.gpu.grow(&mut self.last, rows * hidden)?;
+        self.gpu.grow(&mut self.logits, rows * vocab)?;
         if let Some(director) = &mut self.director {
             director.begin(comm, tokens, batch.truth)?;
         }
         let visible_pairs = visible_pairs(batch.feeds, &self.cache, config.sliding_window);
-        let few = matches!(self.gate, Gate::Own)
-            && self.verify.is_none()
-            && self.few.as_ref().is_some_and(|few| few.takes(tokens));
+        let few = matches!(self.gate, Gate::Own) && self.few.as_ref().is_some_and(|few| few.takes(tokens));
         if few {
             self.run_few(comm, &batch, visible_pairs)?;
         } else {
@@ -349,8 +348,8 @@ impl CudaInferenceModel {
 
     /// Enqueues a step whose experts wait for nobody, in one launch if the like has been before.
     fn run_few(&mut self, comm: &mut Comm, batch: &InferenceBatch<'_>, visible_pairs: u64) -> Result<(), StepError> {
-        // Who times launches wants to see each.
-        if self.gpu.is_timed() {
+        // Who times launches wants to see each, and verification waits in every layer.
+        if self.gpu.is_timed() || self.verify.is_some() {
             return self.enqueue(comm, batch, visible_pairs, true);
         }
         let step = StepLaunches {
@@ -381,7 +380,7 @@ impl CudaInferenceModel {
         Ok(())
     }
 
-    /// Enqueues a step, up to its logits; with `few`, nothing of it waits for the device.
+    /// Enqueues a step, up to its logits; with `few`, nothing of it waits for the device, but for tokens that are verified.
     fn enqueue(
         &mut self,
         comm: &mut Comm,
@@ -416,14 +415,18 @@ impl CudaInferenceModel {
                 continue;
             }
             let director = director.as_mut().expect("a model with experts has a director");
+            let verify = self.verify.as_ref().map(|(every, compute)| (*every, compute, &**weights));
+            let place = MoeLayer { layer, number, gate: &self.gate, token_offset: batch.token_offset, verify };
             match &mut self.few {
                 Some(experts) if few => {
                     let weights = director.copies.layer(number);
                     experts.forward(&mut step, moe.gate(), (layer, number), weights, x, y)?;
+                    if verify.is_some() {
+                        let index: Vec<u32> = gpu.to_host(experts.choices_of(number, tokens * config.top_k))?;
+                        moe.verify(&step, &place, &index, x, self.x.slice(0..elements))?;
+                    }
                 }
                 _ => {
-                    let verify = self.verify.as_ref().map(|(every, compute)| (*every, compute, &**weights));
-                    let place = MoeLayer { layer, number, gate: &self.gate, token_offset: batch.token_offset, verify };
                     moe.forward(&mut step, director, &place, x, y)?;
                     if let Some(record) = &mut self.record {
                         record.choices.extend_from_slice(moe.index());

@@ -13,7 +13,6 @@ use super::step::Step;
 use crate::batch::StepError;
 use crate::config::ModelConfig;
 use crate::cuda::experts::Experts;
-use crate::cuda::pass::grow;
 use crate::experts::{self, ExpertShape};
 use crate::inference::director::ExpertDirector;
 use crate::inference::dispatch::DispatchPlan;
@@ -62,7 +61,7 @@ pub(super) struct MoeLayer<'a> {
     pub layer: usize,
     pub number: usize,
     pub gate: &'a Gate,
-    /// Index of this rank's first token among all ranks' tokens of the step.
+    /// Index of this rank's first token among all ranks' tokens.
     pub token_offset: u64,
     /// Recomputes every n-th token on the host, from its weights, and compares.
     pub verify: Option<(u64, &'a Compute, &'a InferenceWeights)>,
@@ -118,9 +117,9 @@ impl Moe {
         self.tell_places(step)?;
 
         let rows = self.plan.rows();
-        grow(gpu, &mut self.inputs, rows * hidden)?;
-        grow(gpu, &mut self.projected, rows * self.shape.input_width)?;
-        grow(gpu, &mut self.units, rows * self.shape.inner)?;
+        gpu.grow(&mut self.inputs, rows * hidden)?;
+        gpu.grow(&mut self.projected, rows * self.shape.input_width)?;
+        gpu.grow(&mut self.units, rows * self.shape.inner)?;
         if step.comm.ranks() == 1 {
             self.experts_here(step, director, layer)?;
         } else {
@@ -131,7 +130,7 @@ impl Moe {
         let position = self.places_on_device.slice(0..choices);
         let returned = self.returned.slice(0..sent * hidden);
         cuda::combine_rows(gpu, returned, hidden, position, self.gate.weights(choices), x, y.reborrow())?;
-        self.verify(step, layer, x, y.as_slice())
+        self.verify(step, layer, &self.index, x, y.as_slice())
     }
 
     /// The gate of the layer, for experts that others compute.
@@ -218,7 +217,7 @@ impl Moe {
                 arrived += rows;
             }
         }
-        grow(step.gpu, &mut self.places_on_device, self.places.len())?;
+        step.gpu.grow(&mut self.places_on_device, self.places.len())?;
         step.gpu.upload(&self.places, self.places_on_device.slice_mut(0..self.places.len()))
     }
 
@@ -235,7 +234,7 @@ impl Moe {
         let inputs = self.inputs.slice_mut(0..rows * hidden);
         cuda::gather_rows(gpu, self.gate.normed(step.tokens), hidden, token_of_row, inputs)?;
         step.work(WorkKind::ExpertFfn, Some(layer.layer), self.shape.flops(rows))?;
-        grow(gpu, &mut self.returned, rows * hidden)?;
+        gpu.grow(&mut self.returned, rows * hidden)?;
         let Moe { shape, plan, inputs, projected, units, returned, .. } = self;
         let network = Network { gpu, shape: *shape, chunk: &plan.chunk, inputs: inputs.whole() };
         network.run(director, layer.number, projected.whole_mut(), units.whole_mut(), returned.whole_mut())
@@ -281,9 +280,16 @@ impl Moe {
         Ok(())
     }
 
-    /// Computes every `every`-th token of the step again on the host, from its own copy of the experts, and compares with
-    /// what came back over the ranks.
-    fn verify(&self, step: &Step<'_>, layer: &MoeLayer<'_>, x: Slice<'_>, y: Slice<'_>) -> Result<(), StepError> {
+    /// Computes every n-th token of the step again on the host, from its own copy of the experts, if the layer says so, and
+    /// compares with what the experts that `index` (`[tokens, top_k]`) names have made of it.
+    pub fn verify(
+        &self,
+        step: &Step<'_>,
+        layer: &MoeLayer<'_>,
+        index: &[u32],
+        x: Slice<'_>,
+        y: Slice<'_>,
+    ) -> Result<(), StepError> {
         let Some((every, compute, weights)) = layer.verify else { return Ok(()) };
         let (gpu, hidden, top_k) = (step.gpu, step.config.hidden, step.config.top_k);
         let experts = experts::Experts { compute, shape: self.shape, weights: weights.layer_experts(layer.layer) };
@@ -293,7 +299,7 @@ impl Moe {
             let normed = gpu.to_host::<f32>(self.gate.normed(step.tokens).slice(row.clone()))?;
             let [x, found] = [gpu.to_host::<f32>(x.slice(row.clone()))?, gpu.to_host::<f32>(y.slice(row))?];
             let weights = gpu.to_host::<f32>(self.gate.weights(step.tokens * top_k).slice(choices.clone()))?;
-            let alone = recompute(&experts, &normed, &x, &self.index[choices], &weights);
+            let alone = recompute(&experts, &normed, &x, &index[choices], &weights);
             VerificationError::check(layer.layer, token, tolerance, &alone, &found)?;
         }
         Ok(())

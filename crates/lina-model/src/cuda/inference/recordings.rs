@@ -8,7 +8,7 @@ use lina_cuda::{Graph, PagedLaunches};
 use super::CudaInferenceModel;
 use crate::batch::StepError;
 
-/// Steps that are remembered. A server's batches have as many sizes, with a few lengths of attention's tables each.
+/// Steps that are remembered: 64 numbers of tokens, and a few lengths of attention's tables with each.
 const MAX_STEPS: usize = 256;
 
 /// What a step's launches depend on; steps that have the same may take each other's recording.
@@ -27,16 +27,13 @@ pub(super) struct StepLaunches {
 pub(super) struct Recordings(HashMap<StepLaunches, Option<Graph>>);
 
 impl Recordings {
-    /// Enqueues a step: as `enqueue` does the first time, when kernels may be loaded; then it is recorded.
+    /// Enqueues a step: as `enqueue` does the first time, when kernels may be loaded; then it is recorded, if that succeeds.
     pub fn run(
         &mut self,
         step: StepLaunches,
         model: &mut CudaInferenceModel,
-        enqueue: impl FnOnce(&mut CudaInferenceModel) -> Result<(), StepError>,
+        mut enqueue: impl FnMut(&mut CudaInferenceModel) -> Result<(), StepError>,
     ) -> Result<(), StepError> {
-        if self.0.len() >= MAX_STEPS && !self.0.contains_key(&step) {
-            self.0.clear();
-        }
         let recording = match self.0.get(&step) {
             Some(Some(graph)) => return Ok(graph.launch()?),
             Some(None) => {
@@ -45,16 +42,36 @@ impl Recordings {
                 // Whatever happened, recording ends.
                 let graph = model.gpu().end_recording();
                 enqueued?;
-                let graph = graph?;
-                graph.launch()?;
-                Some(graph)
+                match graph {
+                    Ok(graph) => {
+                        graph.launch()?;
+                        Some(graph)
+                    }
+                    // Recordings take memory, of which there may be no more. Nothing has run yet.
+                    Err(_) => {
+                        self.0.clear();
+                        enqueue(model)?;
+                        None
+                    }
+                }
             }
             None => {
                 enqueue(model)?;
                 None
             }
         };
+        self.make_room();
         self.0.insert(step, recording);
         Ok(())
+    }
+
+    /// Forgets steps that have been seen but once or, if all have been seen more often, all of them.
+    fn make_room(&mut self) {
+        if self.0.len() >= MAX_STEPS {
+            self.0.retain(|_, recording| recording.is_some());
+        }
+        if self.0.len() >= MAX_STEPS {
+            self.0.clear();
+        }
     }
 }

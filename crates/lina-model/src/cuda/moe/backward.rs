@@ -8,7 +8,7 @@ use crate::batch::StepError;
 use crate::config::AuxLoss;
 use crate::cuda::experts::Experts;
 use crate::cuda::parameters::{DeviceGradients, DeviceWeights};
-use crate::cuda::pass::{BackwardStream, Pass, grow};
+use crate::cuda::pass::{BackwardStream, Pass};
 use crate::moe::Steps;
 use crate::pass::product_flops;
 
@@ -25,10 +25,10 @@ impl Moe {
         cover: impl FnOnce(&mut Pass<'_>, &mut DeviceGradients) -> Result<(), StepError>,
     ) -> Result<(), StepError> {
         let (rows, shape, gpu) = (self.plan.rows(), shared.shape, pass.gpu);
-        grow(gpu, &mut shared.grad_outputs, rows * shape.hidden)?;
-        grow(gpu, &mut shared.ffn.hidden, rows * shape.inner)?;
-        grow(gpu, &mut shared.ffn.grad_hidden, rows * shape.inner)?;
-        grow(gpu, &mut shared.ffn.grad_projected, rows * shape.input_width)?;
+        gpu.grow(&mut shared.grad_outputs, rows * shape.hidden)?;
+        gpu.grow(&mut shared.ffn.hidden, rows * shape.inner)?;
+        gpu.grow(&mut shared.ffn.grad_hidden, rows * shape.inner)?;
+        gpu.grow(&mut shared.ffn.grad_projected, rows * shape.input_width)?;
         if pass.comm.ranks() == 1 {
             cover(pass, gradients)?;
             self.backward_here(pass, shared, weights, gradients, stream)?;
@@ -59,7 +59,7 @@ impl Moe {
         let (gpu, width, choices) = (pass.gpu, pass.config.hidden, pass.tokens() * pass.config.top_k);
         let elements = self.plan.rows() * width;
         let experts = self.experts(pass, shared, weights);
-        grow(gpu, &mut shared.grad_inputs, elements)?;
+        gpu.grow(&mut shared.grad_inputs, elements)?;
 
         pass.work(WorkKind::Permute, Some(self.layer), 0)?;
         cuda::combine_backward(

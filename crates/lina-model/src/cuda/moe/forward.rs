@@ -8,7 +8,7 @@ use crate::batch::StepError;
 use crate::config::AuxLoss;
 use crate::cuda::experts::Experts;
 use crate::cuda::parameters::DeviceWeights;
-use crate::cuda::pass::{Pass, grow};
+use crate::cuda::pass::Pass;
 use crate::moe::{Steps, exchange_counts};
 use crate::pass::product_flops;
 
@@ -27,9 +27,9 @@ impl Moe {
         if rows > shared.rows_limit {
             return Err(StepError::TooManyRows { layer: self.layer, rows, limit: shared.rows_limit });
         }
-        grow(gpu, &mut self.inputs, rows * shared.shape.hidden)?;
-        grow(gpu, &mut self.projected, rows * shared.shape.input_width)?;
-        grow(gpu, &mut shared.ffn.hidden, rows * shared.shape.inner)?;
+        gpu.grow(&mut self.inputs, rows * shared.shape.hidden)?;
+        gpu.grow(&mut self.projected, rows * shared.shape.input_width)?;
+        gpu.grow(&mut shared.ffn.hidden, rows * shared.shape.inner)?;
         while self.returned.len() < self.plan.chunks.len() {
             self.returned.push(gpu.uninit(0, pass.dtype)?);
         }
@@ -86,7 +86,7 @@ impl Moe {
     fn count(&mut self, pass: &Pass<'_>, shared: &mut MoeShared, chunks: usize) -> Result<(), CudaError> {
         let (config, gpu, tokens) = (pass.config, pass.gpu, pass.tokens());
         let len = (chunks + 1) * config.experts;
-        grow(gpu, &mut shared.counts, len)?;
+        gpu.grow(&mut shared.counts, len)?;
         let ranges: Vec<_> = (0..chunks).map(|chunk| lina_plan::chunk_range(tokens, chunks, chunk)).collect();
         let index = self.expert_index.slice(0..tokens * config.top_k);
         cuda::count_assignments(gpu, index, config.top_k, &ranges, config.experts, shared.counts.slice_mut(0..len))?;
@@ -103,7 +103,7 @@ impl Moe {
         shared.bounds_on_host.clear();
         shared.bounds_on_host.extend_from_slice(&self.plan.row_starts);
         shared.bounds_on_host.extend_from_slice(&self.plan.row_ends);
-        grow(gpu, &mut shared.row_bounds, 2 * bounds)?;
+        gpu.grow(&mut shared.row_bounds, 2 * bounds)?;
         gpu.upload(&shared.bounds_on_host, shared.row_bounds.slice_mut(0..2 * bounds))?;
         let ranges: Vec<_> = self.plan.chunks.iter().map(|chunk| chunk.tokens.clone()).collect();
         let starts: Vec<u32> = self.plan.chunks.iter().map(|chunk| chunk.sent.start as u32).collect();
@@ -155,7 +155,7 @@ impl Moe {
         let (gpu, width, choices) = (pass.gpu, pass.config.hidden, pass.tokens() * pass.config.top_k);
         let rows = self.plan.rows();
         let chunk = &self.plan.chunks[0];
-        grow(gpu, &mut self.returned[0], rows * width)?;
+        gpu.grow(&mut self.returned[0], rows * width)?;
 
         pass.work(WorkKind::Permute, Some(self.layer), 0)?;
         let inputs = self.inputs.slice_mut(0..rows * width);
