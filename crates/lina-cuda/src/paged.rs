@@ -126,8 +126,15 @@ impl PagedMemory {
 /// in launches that were recorded.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PagedLaunches {
-    counts: [usize; 11],
-    addresses: [u64; 5],
+    tokens: usize,
+    new_tokens: usize,
+    /// Tasks and merges of each pass: where they start in the tables, and their number.
+    passes: [[(usize, usize); 2]; 2],
+    /// Where the pages start in the tables.
+    pages: usize,
+    tables: u64,
+    /// Sums and states of each pass.
+    spans: [[u64; 2]; 2],
 }
 
 /// Blocks of one height.
@@ -299,17 +306,18 @@ impl PagedPlan {
 
     /// What the plan's launches depend on.
     pub fn launches(&self) -> PagedLaunches {
-        let PagedMemory { tables, few, many } = &self.memory;
-        let [(a, b), (c, d), (e, f), (g, h)] = [self.few.tasks, self.few.merges, self.many.tasks, self.many.merges];
-        // A pass without tasks launches nothing: where its memory is does not matter.
-        let spans = |pass: &Pass, memory: &SpanMemory| match pass.tasks {
-            (_, 0) => [0; 2],
-            _ => [&memory.sums, &memory.states].map(|buffer| buffer.whole().ptr()),
-        };
-        let ([i, j], [k, l]) = (spans(&self.few, few), spans(&self.many, many));
+        let passes = [(&self.few, &self.memory.few), (&self.many, &self.memory.many)];
         PagedLaunches {
-            counts: [self.tokens, self.new_tokens, a, b, c, d, e, f, g, h, self.pages],
-            addresses: [tables.whole().ptr(), i, j, k, l],
+            tokens: self.tokens,
+            new_tokens: self.new_tokens,
+            passes: passes.map(|(pass, _)| [pass.tasks, pass.merges]),
+            pages: self.pages,
+            tables: self.memory.tables.whole().ptr(),
+            spans: passes.map(|(pass, memory)| match pass.tasks {
+                // Nothing is launched: where the memory is does not matter.
+                (_, 0) => [0; 2],
+                _ => [&memory.sums, &memory.states].map(|buffer| buffer.whole().ptr()),
+            }),
         }
     }
 

@@ -12,7 +12,7 @@ use std::path::Path;
 use lina_comm::Comm;
 use lina_kernels::Compute;
 use lina_model::{
-    Batch, CheckpointError, FolderWriter, Model, ModelConfig, ModelKind, ModelLimits, Sizes, StepContext,
+    Batch, CheckpointError, FolderWriter, Model, ModelConfig, ModelKind, ModelLimits, Purpose, Sizes, StepContext,
 };
 use lina_plan::ExpertLayout;
 use safetensors::tensor::{Dtype, TensorView};
@@ -75,7 +75,7 @@ fn random_model(kind: &str) -> Result<Model, Box<dyn Error>> {
     config.initializer_range = 0.15;
     let layout = ExpertLayout::new(config.experts, 1, None)?;
     let limits = ModelLimits { max_tokens: ROWS * LENGTH, max_sequence_tokens: LENGTH, max_expert_rows: None };
-    let mut model = Model::new(config, layout, 0, Compute::new(1), limits)?;
+    let mut model = Model::new(Purpose::Training, config, layout, 0, Compute::new(1), limits)?;
     let (_, layout, parameters) = model.for_update();
     parameters.initialise(layout, 11);
     Ok(model)

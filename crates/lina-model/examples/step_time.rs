@@ -12,7 +12,7 @@ use std::time::Instant;
 use lina_comm::{Comm, Lane};
 use lina_kernels::gemm::{self, Layout, Shape};
 use lina_kernels::{AdamWStep, Compute, Mat, MatMut, Product, adamw_step, matmul_grouped, sum_of_squares};
-use lina_model::{Batch, Model, ModelConfig, ModelKind, ModelLimits, Sizes, StepContext};
+use lina_model::{Batch, Model, ModelConfig, ModelKind, ModelLimits, Purpose, Sizes, StepContext};
 use lina_plan::ExpertLayout;
 
 const SEQUENCES: usize = 8;
@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let config = ModelConfig::family(ModelKind::Mixtral, sizes);
     let layout = ExpertLayout::new(config.experts, 1, None)?;
     let limits = ModelLimits { max_tokens: SEQUENCES * LENGTH, max_sequence_tokens: LENGTH, max_expert_rows: None };
-    let mut model = Model::new(config, layout, 0, Compute::new(threads), limits)?;
+    let mut model = Model::new(Purpose::Training, config, layout, 0, Compute::new(threads), limits)?;
     let (_, layout, parameters) = model.for_update();
     parameters.initialise(layout, 1);
     let mut moments = [layout.dense_len(), layout.experts_len()].map(|len| (vec![0.0; len], vec![0.0; len]));

@@ -71,37 +71,13 @@ enum FeedForward {
 }
 
 impl Model {
-    /// A model of zeros on `rank` of `experts`' ranks, to be trained; initialise or load its
+    /// A model of zeros for `purpose` on `rank` of `experts`' ranks; initialise or load its
     /// [`parameters`](Self::parameters_mut).
     ///
     /// # Errors
     /// If the configuration is not valid, the layout is for another number of experts, or sequences may be longer
     /// than the model has positions.
     pub fn new(
-        config: ModelConfig,
-        experts: ExpertLayout,
-        rank: usize,
-        compute: Compute,
-        limits: ModelLimits,
-    ) -> Result<Self, ConfigError> {
-        Self::of_purpose(Purpose::Training, config, experts, rank, compute, limits)
-    }
-
-    /// As [`new`](Self::new), for [`Purpose::Evaluation`].
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn for_evaluation(
-        config: ModelConfig,
-        experts: ExpertLayout,
-        rank: usize,
-        compute: Compute,
-        limits: ModelLimits,
-    ) -> Result<Self, ConfigError> {
-        Self::of_purpose(Purpose::Evaluation, config, experts, rank, compute, limits)
-    }
-
-    fn of_purpose(
         purpose: Purpose,
         config: ModelConfig,
         experts: ExpertLayout,

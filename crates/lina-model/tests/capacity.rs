@@ -6,7 +6,9 @@ use std::time::Duration;
 use lina_comm::Comm;
 use lina_comm::local::{LocalConfig, LocalJob};
 use lina_kernels::Compute;
-use lina_model::{AuxLoss, Batch, ForwardOutput, Model, ModelConfig, ModelKind, ModelLimits, Sizes, StepContext};
+use lina_model::{
+    AuxLoss, Batch, ForwardOutput, Model, ModelConfig, ModelKind, ModelLimits, Purpose, Sizes, StepContext,
+};
 use lina_plan::{ExpertLayout, Policy, PolicyRules, PolicySettings};
 
 const SEQUENCE: usize = 6;
@@ -83,7 +85,7 @@ fn step(per_rank: Option<usize>, sequences: &[usize], rules: PolicyRules) -> Ste
 
 fn run_rank(mut comm: Comm, layout: ExpertLayout, rank: usize, first: usize, count: usize) -> (ForwardOutput, Model) {
     let limits = ModelLimits { max_tokens: 8 * SEQUENCE, max_sequence_tokens: SEQUENCE, max_expert_rows: None };
-    let mut model = Model::new(config(), layout, rank, Compute::new(1), limits).unwrap();
+    let mut model = Model::new(Purpose::Training, config(), layout, rank, Compute::new(1), limits).unwrap();
     let (_, layout, parameters) = model.for_update();
     parameters.initialise(layout, 9);
     let mut total = ForwardOutput::default();
@@ -162,7 +164,7 @@ fn more_rows_than_the_limit_are_an_error() {
     let limits = ModelLimits { max_tokens: SEQUENCE, max_sequence_tokens: SEQUENCE, max_expert_rows: Some(10) };
     let mut config = config();
     config.router.capacity_factor = None;
-    let mut model = Model::new(config, layout, 0, Compute::new(1), limits).unwrap();
+    let mut model = Model::new(Purpose::Training, config, layout, 0, Compute::new(1), limits).unwrap();
     let ids = [0; SEQUENCE];
     let batch = Batch { input: &ids, target: &ids, sequences: &[SEQUENCE] };
     let error = model.forward(&mut Comm::solo(), batch, StepContext::evaluation()).unwrap_err();
@@ -178,7 +180,10 @@ fn models_that_cannot_be_are_errors() {
     let limits = ModelLimits { max_tokens: 8, max_sequence_tokens: 8, max_expert_rows: None };
     let check = |config: ModelConfig, experts: usize, rank: usize, limits: ModelLimits| {
         let layout = ExpertLayout::new(experts, 2, None).unwrap();
-        Model::new(config, layout, rank, Compute::new(1), limits).map(|_| ()).unwrap_err().to_string()
+        Model::new(Purpose::Training, config, layout, rank, Compute::new(1), limits)
+            .map(|_| ())
+            .unwrap_err()
+            .to_string()
     };
     assert_eq!(check(config(), 4, 0, limits), "model: a layout of 4 experts, expected 6");
     assert_eq!(check(config(), 6, 2, limits), "model: rank 2, expected one below 2");

@@ -25,7 +25,7 @@ fn on_gpu(
     let layout = ExpertLayout::new(config.experts, 1, None).unwrap();
     let mut comm = Comm::solo();
     comm.set_device(DeviceClock::new(&gpu).unwrap());
-    let mut model = CudaModel::new(gpu, config.clone(), layout, 0, dtype, limits).unwrap();
+    let mut model = CudaModel::new(Purpose::Training, gpu, config.clone(), layout, 0, dtype, limits).unwrap();
     let mut parameters = Parameters::zeros(model.layout());
     fill(model.layout(), &mut parameters);
     model.load(&parameters).unwrap();
@@ -119,7 +119,7 @@ fn compare(name: &str, config: &ModelConfig, dtype: DType, sequences: &[usize], 
         }
     };
     let experts = ExpertLayout::new(config.experts, 1, None).unwrap();
-    let mut reference = Model::new(config.clone(), experts, 0, Compute::new(2), limits).unwrap();
+    let mut reference = Model::new(Purpose::Training, config.clone(), experts, 0, Compute::new(2), limits).unwrap();
     let (_, layout, parameters) = reference.for_update();
     fill(layout, parameters);
     let expected = reference.forward(&mut Comm::solo(), batch, step).unwrap();
@@ -215,12 +215,12 @@ fn an_evaluation_computes_what_training_does() {
         config.router.aux_loss_coefficient = 0.3;
         config.router.z_loss_coefficient = 0.2;
         let limits = ModelLimits { max_tokens: 200, max_sequence_tokens: 80, max_expert_rows: None };
-        let outcomes = [CudaModel::new, CudaModel::for_evaluation].map(|make| {
+        let outcomes = [Purpose::Training, Purpose::Evaluation].map(|purpose| {
             let gpu = gpu()?;
             let mut comm = Comm::solo();
             comm.set_device(DeviceClock::new(&gpu).unwrap());
             let experts = ExpertLayout::new(config.experts, 1, None).unwrap();
-            let mut model = make(gpu, config.clone(), experts, 0, dtype, limits).unwrap();
+            let mut model = CudaModel::new(purpose, gpu, config.clone(), experts, 0, dtype, limits).unwrap();
             let mut parameters = Parameters::without_gradients(model.layout());
             parameters.initialise(model.layout(), 42);
             model.load(&parameters).unwrap();

@@ -2,7 +2,7 @@
 
 use lina_comm::Comm;
 use lina_kernels::Compute;
-use lina_model::{AuxLoss, Batch, Model, ModelConfig, ModelKind, ModelLimits, Sizes, StepContext};
+use lina_model::{AuxLoss, Batch, Model, ModelConfig, ModelKind, ModelLimits, Purpose, Sizes, StepContext};
 use lina_plan::ExpertLayout;
 
 const SIZES: Sizes = Sizes { vocab: 23, hidden: 16, layers: 4, heads: 4, experts: 4, top_k: 2, expert_hidden: 12 };
@@ -27,8 +27,9 @@ fn losses_and_logits_are_those_of_a_model_for_training() {
             config.router.aux_loss_coefficient = 0.3;
             config.router.z_loss_coefficient = 0.2;
             let experts = || ExpertLayout::new(4, 1, None).unwrap();
-            let mut training = random(Model::new(config.clone(), experts(), 0, Compute::new(1), LIMITS).unwrap());
-            let evaluation = Model::for_evaluation(config.clone(), experts(), 0, Compute::new(1), LIMITS);
+            let mut training =
+                random(Model::new(Purpose::Training, config.clone(), experts(), 0, Compute::new(1), LIMITS).unwrap());
+            let evaluation = Model::new(Purpose::Evaluation, config.clone(), experts(), 0, Compute::new(1), LIMITS);
             let mut evaluation = random(evaluation.unwrap());
             // The second batch is shorter: what the first one left must not matter.
             for sequences in [&[5, 8, 7][..], &[3, 6]] {
@@ -51,7 +52,7 @@ fn losses_and_logits_are_those_of_a_model_for_training() {
 fn it_does_not_train() {
     let config = ModelConfig::family(ModelKind::Mixtral, SIZES);
     let experts = ExpertLayout::new(4, 1, None).unwrap();
-    let mut model = Model::for_evaluation(config, experts, 0, Compute::new(1), LIMITS).unwrap();
+    let mut model = Model::new(Purpose::Evaluation, config, experts, 0, Compute::new(1), LIMITS).unwrap();
     let step = StepContext { training: true, global_tokens: 3, ..StepContext::evaluation() };
     let _ = model.forward(&mut Comm::solo(), Batch { input: &[1; 3], target: &[1; 3], sequences: &[3] }, step);
 }

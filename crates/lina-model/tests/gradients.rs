@@ -3,7 +3,7 @@
 
 use lina_comm::Comm;
 use lina_kernels::Compute;
-use lina_model::{AuxLoss, Batch, FfnKind, Model, ModelConfig, ModelKind, ModelLimits, Sizes, StepContext};
+use lina_model::{AuxLoss, Batch, FfnKind, Model, ModelConfig, ModelKind, ModelLimits, Purpose, Sizes, StepContext};
 use lina_plan::ExpertLayout;
 
 const SIZES: Sizes = Sizes { vocab: 23, hidden: 16, layers: 2, heads: 4, experts: 4, top_k: 2, expert_hidden: 12 };
@@ -15,7 +15,7 @@ fn model(mut config: ModelConfig) -> Model {
     config.initializer_range = 0.3;
     let layout = ExpertLayout::new(config.experts, 1, None).unwrap();
     let limits = ModelLimits { max_tokens: 16, max_sequence_tokens: 8, max_expert_rows: None };
-    let mut model = Model::new(config, layout, 0, Compute::new(1), limits).unwrap();
+    let mut model = Model::new(Purpose::Training, config, layout, 0, Compute::new(1), limits).unwrap();
     let (_, layout, parameters) = model.for_update();
     parameters.initialise(layout, 42);
     // Norms at 1 and biases at 0 would hide mistakes.

@@ -8,7 +8,7 @@ use std::path::Path;
 use common::{folders, tensors};
 use lina_comm::Comm;
 use lina_kernels::Compute;
-use lina_model::{Batch, Checkpoint, Model, ModelConfig, ModelLimits, StepContext};
+use lina_model::{Batch, Checkpoint, Model, ModelConfig, ModelLimits, Purpose, StepContext};
 use lina_plan::ExpertLayout;
 
 fn largest_difference(found: &[f32], expected: &[f32]) -> f32 {
@@ -38,7 +38,7 @@ fn check(folder: &Path, threads: usize) {
 
     let layout = ExpertLayout::new(config.experts, 1, None).unwrap();
     let limits = ModelLimits { max_tokens: ids.len() + 5, max_sequence_tokens: length, max_expert_rows: None };
-    let mut model = Model::new(config, layout, 0, Compute::new(threads), limits).unwrap();
+    let mut model = Model::new(Purpose::Training, config, layout, 0, Compute::new(threads), limits).unwrap();
     let (_, layout, parameters) = model.for_update();
     Checkpoint::open(folder).unwrap().load(layout, parameters).unwrap();
 

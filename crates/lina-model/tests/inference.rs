@@ -52,7 +52,7 @@ fn training_logits(folder: &Path, tokens: usize) -> Vec<f32> {
     let config = ModelConfig::from_folder(folder).unwrap();
     let experts = ExpertLayout::new(config.experts, 1, None).unwrap();
     let limits = ModelLimits { max_tokens: tokens, max_sequence_tokens: tokens, max_expert_rows: None };
-    let mut model = Model::new(config.clone(), experts, 0, Compute::new(1), limits).unwrap();
+    let mut model = Model::new(Purpose::Training, config.clone(), experts, 0, Compute::new(1), limits).unwrap();
     let (_, layout, parameters) = model.for_update();
     Checkpoint::open(folder).unwrap().load(layout, parameters).unwrap();
     let input = prompt(&config, tokens);

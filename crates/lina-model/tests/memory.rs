@@ -59,7 +59,8 @@ fn step(model: &mut Model, comm: &mut Comm, number: u64) {
 }
 
 fn random_model(config: &ModelConfig, layout: &ExpertLayout, rank: usize) -> Model {
-    let mut model = Model::new(config.clone(), layout.clone(), rank, Compute::new(1), LIMITS).unwrap();
+    let mut model =
+        Model::new(Purpose::Training, config.clone(), layout.clone(), rank, Compute::new(1), LIMITS).unwrap();
     let (_, layout, parameters) = model.for_update();
     parameters.initialise(layout, 1);
     model
@@ -95,7 +96,8 @@ fn an_evaluation_takes_what_the_plan_says_and_no_gradients() {
         let config = ModelConfig { dense_layers, dense_hidden: 128, ..config(kind) };
         let layout = ExpertLayout::new(8, 1, None).unwrap();
         let before = LIVE_BYTES.load(Ordering::Relaxed);
-        let mut model = Model::for_evaluation(config.clone(), layout.clone(), 0, Compute::new(1), LIMITS).unwrap();
+        let mut model =
+            Model::new(Purpose::Evaluation, config.clone(), layout.clone(), 0, Compute::new(1), LIMITS).unwrap();
         let (_, places, parameters) = model.for_update();
         parameters.initialise(places, 1);
         let ids: Vec<u32> = (0..512).map(|i| (i * 37 + i * i * 11) % 256).collect();

@@ -79,7 +79,8 @@ fn rank_step(config: &ModelConfig, experts: &ExpertLayout, mut comm: Comm) -> (f
         max_sequence_tokens: TOKENS,
         max_expert_rows: None,
     };
-    let mut model = Model::new(config.clone(), experts.clone(), rank, Compute::new(1), limits).unwrap();
+    let mut model =
+        Model::new(Purpose::Training, config.clone(), experts.clone(), rank, Compute::new(1), limits).unwrap();
     let (_, layout, parameters) = model.for_update();
     parameters.initialise(layout, 3);
     let ids = |sequence: usize| (0..TOKENS + 1).map(move |i| ((sequence * 31 + i * i * 7) % 40) as u32);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use lina_comm::emulated::{Device, EmulatedCluster, EmulatedConfig};
 use lina_kernels::{Compute, gemm};
-use lina_model::{Batch, Model, ModelConfig, ModelKind, ModelLimits, Sizes, StepContext};
+use lina_model::{Batch, Model, ModelConfig, ModelKind, ModelLimits, Purpose, Sizes, StepContext};
 use lina_net::{Link, Topology};
 use lina_plan::{ExpertLayout, Policy, PolicyRules, PolicySettings};
 
@@ -15,7 +15,7 @@ fn announced_operations_are_those_of_the_products() {
     (config.kv_heads, config.dense_layers, config.dense_hidden) = (2, vec![1], 80);
     let limits = ModelLimits { max_tokens: 64, max_sequence_tokens: 32, max_expert_rows: None };
     let layout = ExpertLayout::new(4, 1, None).unwrap();
-    let mut model = Model::new(config, layout, 0, Compute::new(1), limits).unwrap();
+    let mut model = Model::new(Purpose::Training, config, layout, 0, Compute::new(1), limits).unwrap();
     let (_, layout, parameters) = model.for_update();
     parameters.initialise(layout, 1);
 

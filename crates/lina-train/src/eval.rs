@@ -171,8 +171,8 @@ impl Evaluated {
         cluster: &ClusterConfig,
     ) -> Result<Self, TrainError> {
         let compute = Compute::new(cluster.threads_of(experts.ranks()));
-        let mut model =
-            Model::for_evaluation(config.clone(), experts.clone(), rank, compute, limits).map_err(TrainError::input)?;
+        let mut model = Model::new(Purpose::Evaluation, config.clone(), experts.clone(), rank, compute, limits)
+            .map_err(TrainError::input)?;
         let (_, layout, parameters) = model.for_update();
         Checkpoint::open(&options.model)?.load(layout, parameters)?;
         Ok(Evaluated::Host(Box::new(model)))
@@ -191,7 +191,7 @@ impl Evaluated {
         comm.set_device(lina_comm::DeviceClock::new(&gpu)?);
         let (rank, dtype) = (comm.rank(), dtype.into());
         check_memory(&gpu, needed_bytes(config, experts, rank, dtype, Purpose::Evaluation, limits))?;
-        let mut model = CudaModel::for_evaluation(gpu, config.clone(), experts.clone(), rank, dtype, limits)?;
+        let mut model = CudaModel::new(Purpose::Evaluation, gpu, config.clone(), experts.clone(), rank, dtype, limits)?;
         let mut parameters = Parameters::without_gradients(model.layout());
         Checkpoint::open(&options.model)?.load(model.layout(), &mut parameters)?;
         model.load(&parameters)?;

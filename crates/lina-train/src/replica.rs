@@ -62,7 +62,8 @@ impl Replica {
         let dtype = DType::from(config.train.dtype);
         let limits = model_limits(config, comm.ranks());
         check_memory(&gpu, needed_bytes(&config.model, experts, comm.rank(), dtype, Purpose::Training, limits))?;
-        let model = CudaModel::new(gpu, config.model.clone(), experts.clone(), comm.rank(), dtype, limits)?;
+        let model =
+            CudaModel::new(Purpose::Training, gpu, config.model.clone(), experts.clone(), comm.rank(), dtype, limits)?;
         let (gpu, layout) = (model.gpu(), model.layout());
         Ok(Some(Replica {
             dense: DeviceMoments::zeros(gpu, layout.dense_len())?,

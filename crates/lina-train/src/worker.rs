@@ -3,7 +3,7 @@
 use lina_comm::{Comm, StepStats, Work, WorkKind};
 use lina_data::{Dataset, TrainingData};
 use lina_kernels::Compute;
-use lina_model::{Batch, ForwardOutput, LayerRouting, Model, ModelLimits, StepContext};
+use lina_model::{Batch, ForwardOutput, LayerRouting, Model, ModelLimits, Purpose, StepContext};
 use lina_plan::{ExpertLayout, Nanos, PACKING_VALUES, PackingSample, share_range};
 
 use crate::TrainError;
@@ -80,7 +80,8 @@ impl<'a> Worker<'a> {
         let host_limits = ModelLimits { max_tokens: if device.is_some() { 0 } else { limits.max_tokens }, ..limits };
         let residency = residency(config, experts, rank)?;
         let mut model =
-            Model::new(config.model.clone(), experts.clone(), rank, compute, host_limits).map_err(TrainError::input)?;
+            Model::new(Purpose::Training, config.model.clone(), experts.clone(), rank, compute, host_limits)
+                .map_err(TrainError::input)?;
         model.set_residency(residency);
         let optimizer = AdamW::new(&model, rank);
         let message = Vec::with_capacity(TOTALS + PACKING_VALUES + optimizer.squares_len());

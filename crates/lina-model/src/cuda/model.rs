@@ -68,39 +68,13 @@ enum FeedForward {
 }
 
 impl CudaModel {
-    /// A model of zeros on `rank` of `experts`' ranks, to be trained, whose activations and products are of `dtype`; give it
+    /// A model of zeros for `purpose` on `rank` of `experts`' ranks, whose activations and products are of `dtype`; give it
     /// [parameters](Self::load).
     ///
     /// # Errors
     /// If the configuration is not valid, the layout is for another number of experts, sequences may be longer than the
     /// model has positions, or the GPU has no kernel for the sizes or not enough memory.
     pub fn new(
-        gpu: Gpu,
-        config: ModelConfig,
-        experts: ExpertLayout,
-        rank: usize,
-        dtype: DType,
-        limits: ModelLimits,
-    ) -> Result<Self, StepError> {
-        Self::of_purpose(Purpose::Training, gpu, config, experts, rank, dtype, limits)
-    }
-
-    /// As [`new`](Self::new), for [`Purpose::Evaluation`].
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn for_evaluation(
-        gpu: Gpu,
-        config: ModelConfig,
-        experts: ExpertLayout,
-        rank: usize,
-        dtype: DType,
-        limits: ModelLimits,
-    ) -> Result<Self, StepError> {
-        Self::of_purpose(Purpose::Evaluation, gpu, config, experts, rank, dtype, limits)
-    }
-
-    fn of_purpose(
         purpose: Purpose,
         gpu: Gpu,
         config: ModelConfig,

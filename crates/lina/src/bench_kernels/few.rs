@@ -3,6 +3,7 @@
 use lina_cuda::*;
 
 use super::meter::{Meter, Work};
+use super::products::size;
 use super::{EXPERT_HIDDEN, EXPERTS, HIDDEN, QKV_WIDTH, TOP_K};
 
 /// Tokens of a step: of one sequence, and of some.
@@ -13,10 +14,6 @@ pub(super) fn measure(meter: &mut Meter<'_>) -> Result<(), CudaError> {
         dense(meter, tokens)?;
         experts(meter, tokens)
     })
-}
-
-fn size(tokens: usize, columns: usize, depth: usize) -> String {
-    format!("[{tokens}, {columns}] of {depth}")
 }
 
 fn dense(meter: &mut Meter<'_>, tokens: usize) -> Result<(), CudaError> {

@@ -17,7 +17,8 @@ fn flop(rows: usize, columns: usize, depth: usize) -> Work {
     Work::Flop(2.0 * rows as f64 * columns as f64 * depth as f64)
 }
 
-fn size(rows: usize, columns: usize, depth: usize) -> String {
+/// As the table says it.
+pub(super) fn size(rows: usize, columns: usize, depth: usize) -> String {
     format!("[{rows}, {columns}] of {depth}")
 }
 
