@@ -56,6 +56,16 @@ fn irregular(seed: usize) -> f64 {
     (seed.wrapping_mul(2_654_435_761) % 1_000_003) as f64 / 7.3
 }
 
+/// Whether gradients are of values whose sums depend on their order, which is that of ranks.
+fn ordered() -> bool {
+    setting("ORDERED").is_some()
+}
+
+/// An element of a rank's gradient.
+fn gradient(rank: usize, i: usize) -> f32 {
+    if ordered() { irregular(rank * 7919 + i) as f32 } else { value(rank, i) }
+}
+
 /// A rank's part of a random program: each step has other layers, messages and gradients, some of them empty.
 fn program(
     comm: &mut Comm,
@@ -91,7 +101,7 @@ fn program(
                     let range = layer as usize * GRADIENT..layer as usize * GRADIENT + elements;
                     late(comm, layer)?;
                     let local = members.contains(&me).then(|| {
-                        let values: Vec<f32> = (0..elements).map(|i| value(me, i + step as usize)).collect();
+                        let values: Vec<f32> = (0..elements).map(|i| gradient(me, i + step as usize)).collect();
                         gpu.upload(&values, buffer.device_range_mut(range.clone())).unwrap();
                         (buffer, range.clone())
                     });
@@ -105,7 +115,7 @@ fn program(
         comm.finish_gradients()?;
         for (number, range) in reduced.into_iter().filter(|(number, _)| groups[*number].contains(&me)) {
             let found = gpu.to_host::<f32>(gradients[number].device_range(range)).unwrap();
-            let sum = |i: usize| groups[number].iter().map(|&rank| value(rank, i + step as usize)).sum();
+            let sum = |i: usize| groups[number].iter().map(|&rank| gradient(rank, i + step as usize)).sum();
             assert!(found.iter().copied().eq((0..found.len()).map(sum)), "group {number}, step {step}: {found:?}");
         }
         let mut sum = [irregular(me), (me + 1) as f64];
@@ -227,6 +237,7 @@ fn config(ranks: usize) -> NcclConfig {
     NcclConfig {
         ranks,
         groups,
+        ordered_sums: ordered(),
         timeout: Duration::from_millis(number("TIMEOUT_MS").unwrap_or(30_000)),
         identity: identity.to_owned(),
         last_words: Some(last_words),
@@ -348,6 +359,15 @@ fn a_thousand_steps_with_random_delays() {
         let Some((lines, output)) = job(ranks, policy, steps, &[("SEED", &(100 + seed).to_string())]) else { return };
         check_launches(&lines, ranks, &output);
         eprintln!("{ranks} ranks, {policy}: {steps} steps in {:.1} s", started.elapsed().as_secs_f64());
+    }
+}
+
+#[test]
+fn sums_in_the_order_of_ranks_do_not_depend_on_how_gradients_are_cut() {
+    for (seed, (ranks, policy)) in [(4, Policy::Fair), (3, Policy::Lina)].into_iter().enumerate() {
+        let more = [("ORDERED", "1"), ("SEED", &(200 + seed).to_string())];
+        let Some((lines, output)) = job(ranks, policy, 25, &more) else { return };
+        check_launches(&lines, ranks, &output);
     }
 }
 

@@ -156,6 +156,14 @@ impl Device {
         &self.0.facts
     }
 
+    /// What kernels are compiled for: on Hopper with its own instructions, which later GPUs do not have.
+    pub fn architecture(&self) -> String {
+        match self.facts().compute_capability {
+            (9, 0) => "sm_90a".to_owned(),
+            (major, minor) => format!("sm_{major}{minor}"),
+        }
+    }
+
     /// The memory pool that buffers come from.
     pub(crate) fn pool(&self) -> CUmemoryPool {
         self.0.pool

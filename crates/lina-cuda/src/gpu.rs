@@ -76,14 +76,6 @@ impl Gpu {
         self.device().facts().compute_capability
     }
 
-    /// What kernels are compiled for: on Hopper with its own instructions, which later GPUs do not have.
-    pub fn architecture(&self) -> String {
-        match self.compute_capability() {
-            (9, 0) => "sm_90a".to_owned(),
-            (major, minor) => format!("sm_{major}{minor}"),
-        }
-    }
-
     /// Memory with whatever is in it.
     ///
     /// # Errors
@@ -339,7 +331,7 @@ impl Gpu {
         let loaded = match modules.entry(module.name) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
-                entry.insert(Arc::new(LoadedModule::new(self.device(), module, &self.architecture())?))
+                entry.insert(Arc::new(LoadedModule::new(self.device(), module, &self.device().architecture())?))
             }
         };
         Kernel::new(loaded, name)

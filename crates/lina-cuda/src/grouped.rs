@@ -1,8 +1,9 @@
 //! Products of many experts, whose rows lie in one buffer: forward, gradients of inputs, gradients of weights.
 //!
-//! In bf16 on Hopper one kernel computes all experts (`grouped/hopper.rs`); an element's bits then depend on its row of
-//! A, its column of B and the depth alone, not on what else is computed. Otherwise cuBLASLt computes one expert after
-//! another.
+//! In bf16 on Hopper one kernel computes all experts (`grouped/hopper.rs`). Otherwise cuBLASLt computes one expert after
+//! another, by the algorithm for their number of rows in bf16 and by one for any number in f32, which is there for the sake of
+//! exactness. So in f32, and in bf16 on Hopper, an element's bits depend on its row of A, its column of B and the depth alone,
+//! not on what else is computed.
 
 mod hopper;
 
@@ -11,7 +12,7 @@ pub use hopper::GROUPED_HOPPER;
 use crate::buffer::{DType, Slice, SliceMut};
 use crate::error::CudaError;
 use crate::gpu::Gpu;
-use crate::matmul::{Addend, Mat, MatMut, matmul};
+use crate::matmul::{Addend, Mat, MatMut, matmul, matmul_rows_alike};
 
 /// Rows of one expert: `C[c_row..c_row + rows] = A[a_row..a_row + rows] · op(B[slot])`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,13 +151,20 @@ pub fn grouped_matmul_with(
     if let (GroupedKernel::Hopper(width), true) = (kernel, n > 0 && k > 0) {
         return hopper::multiply(gpu, width, groups, a, &b, c);
     }
+    let alike = a.dtype() == DType::F32 && n > 0 && k > 0;
     for group in groups {
         let rows = group.rows as usize;
         let (from, to) = (group.a_row as usize, group.c_row as usize);
         let a = Mat::new(a.slice(from * k..(from + rows) * k), rows, k);
         let c = MatMut::new(c.slice_mut(to * n..(to + rows) * n), rows, n);
-        if rows > 0 {
-            matmul(gpu, c, a, b.matrix(group.slot), Addend::None)?;
+        if rows == 0 {
+            continue;
+        }
+        let matrix = b.matrix(group.slot);
+        if alike {
+            matmul_rows_alike(gpu, c, a, matrix)?;
+        } else {
+            matmul(gpu, c, a, matrix, Addend::None)?;
         }
     }
     Ok(())

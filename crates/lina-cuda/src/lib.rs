@@ -45,6 +45,7 @@ mod norm;
 mod optimizer;
 pub mod pace;
 mod paged;
+mod part_sum;
 mod permute;
 mod pinned;
 mod rotary;
@@ -77,6 +78,7 @@ pub use matmul::*;
 pub use norm::*;
 pub use optimizer::*;
 pub use paged::*;
+pub use part_sum::PartSum;
 pub use permute::*;
 pub use pinned::PinnedBuffer;
 pub use rotary::*;
@@ -98,6 +100,7 @@ pub fn modules() -> Vec<&'static Module> {
         &norm::NORM,
         &optimizer::OPTIMIZER,
         &pace::PACE,
+        &part_sum::PART_SUM,
         &permute::PERMUTE,
         &rotary::ROTARY,
         &router::ROUTER,

@@ -4,7 +4,7 @@
 //! What cuBLASLt needs to know of a product, and which of its algorithms is best, depends on shapes, types and
 //! alignment alone, and is kept. Parts of a depth that is cut are added in f32 and in a fixed order, so a product
 //! repeats bit by bit on the same GPU and library; its rows may differ in their last bits from those of a product of
-//! more or fewer rows.
+//! more or fewer rows, unless it is asked for alike ones.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -28,6 +28,8 @@ use crate::stream::Stream;
 const WORKSPACE_BYTES: usize = 64 << 20;
 /// Alignment that all algorithms are content with.
 const BEST_ALIGNMENT_BYTES: u64 = 16;
+/// Rows for which an algorithm is the fastest that is taken for any number of rows.
+const USUAL_ROWS: usize = 512;
 /// Products that are remembered. Runs need hundreds; experts' rows, which differ in every step, would fill any number.
 const MAX_PLANS: usize = 4096;
 
@@ -161,7 +163,26 @@ pub fn matmul(gpu: &Gpu, mut d: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, c: Addend<'_
         return copy_or_clear(gpu, &mut d, c);
     }
     let blas = gpu.blas()?;
-    gpu.timed("product", || blas.multiply(&mut d, a, b, c))
+    gpu.timed("product", || blas.multiply(&mut d, a, b, c, Rows::Fastest))
+}
+
+/// D = A·B as [`matmul`] computes it, by an algorithm that does not depend on the number of rows, so that the bits of a row
+/// do not either. A is not transposed and has a depth, and D has rows and columns; shapes and types agree.
+///
+/// # Errors
+/// As [`matmul`].
+pub(crate) fn matmul_rows_alike(gpu: &Gpu, mut d: MatMut<'_>, a: Mat<'_>, b: Mat<'_>) -> Result<(), CudaError> {
+    let blas = gpu.blas()?;
+    gpu.timed("product", || blas.multiply(&mut d, a, b, Addend::None, Rows::Alike))
+}
+
+/// What a product's rows are to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Rows {
+    /// Computed by what is the fastest for their number.
+    Fastest,
+    /// Of the same bits whatever their number.
+    Alike,
 }
 
 /// A product without depth.
@@ -221,7 +242,7 @@ impl Operand {
     fn new(shape: Shape, transposed: bool, data: Slice<'_>) -> Self {
         // The stride of a single row means nothing, but has to be one.
         let stride = if shape.rows == 1 { shape.columns } else { shape.stride };
-        let alignment_bytes = 1 << (data.ptr() | BEST_ALIGNMENT_BYTES).trailing_zeros();
+        let alignment_bytes = alignment_bytes(data.ptr());
         Operand { shape: Shape { stride, ..shape }, transposed, dtype: data.dtype(), alignment_bytes }
     }
 
@@ -244,6 +265,28 @@ struct Key {
     b: Operand,
     c: Option<Operand>,
     d: Operand,
+    rows: Rows,
+}
+
+impl Key {
+    /// The product of the usual number of rows, which may begin anywhere: one for all that differ in these.
+    fn usual(&self) -> Key {
+        let usual = |operand: &Operand| {
+            let Shape { columns, stride, .. } = operand.shape;
+            let row_bytes = (stride * operand.dtype.bytes()) as u64;
+            Operand {
+                shape: Shape { rows: USUAL_ROWS, columns, stride },
+                alignment_bytes: operand.alignment_bytes.min(alignment_bytes(row_bytes)),
+                ..*operand
+            }
+        };
+        Key { a: usual(&self.a), d: usual(&self.d), ..*self }
+    }
+}
+
+/// The alignment of an address, as far as it matters.
+fn alignment_bytes(address: u64) -> u32 {
+    1 << (address | BEST_ALIGNMENT_BYTES).trailing_zeros()
 }
 
 /// Device addresses of a product's operands.
@@ -261,6 +304,8 @@ pub(crate) struct Blas {
     handle: cublasLtHandle_t,
     workspace: Buffer,
     plans: RefCell<HashMap<Key, Plan>>,
+    /// Algorithms of products of [`Rows::Alike`], by the product of the usual number of rows.
+    usual: RefCell<HashMap<Key, cublasLtMatmulAlgo_t>>,
 }
 
 impl Blas {
@@ -278,10 +323,10 @@ impl Blas {
         stream.device().bind()?;
         let workspace = Buffer::new(stream, WORKSPACE_BYTES / DType::F32.bytes(), DType::F32)?;
         let handle = result::create_handle().map_err(|error| failed("cublasLtCreate", error))?;
-        Ok(Blas { stream: stream.clone(), handle, workspace, plans: RefCell::default() })
+        Ok(Blas { stream: stream.clone(), handle, workspace, plans: RefCell::default(), usual: RefCell::default() })
     }
 
-    fn multiply(&self, d: &mut MatMut<'_>, a: Mat<'_>, b: Mat<'_>, c: Addend<'_>) -> Result<(), CudaError> {
+    fn multiply(&self, d: &mut MatMut<'_>, a: Mat<'_>, b: Mat<'_>, c: Addend<'_>, rows: Rows) -> Result<(), CudaError> {
         self.stream.device().bind()?;
         let target = Operand::new(d.shape, false, d.data.as_slice());
         let (c, c_address) = match c {
@@ -289,7 +334,7 @@ impl Blas {
             Addend::Accumulate => (Some(target), d.data.ptr()),
             Addend::Add(c) => (Some(c.operand()), c.data.ptr()),
         };
-        let key = Key { a: a.operand(), b: b.operand(), c, d: target };
+        let key = Key { a: a.operand(), b: b.operand(), c, d: target, rows };
         let addresses = Addresses { a: a.data.ptr(), b: b.data.ptr(), c: c_address, d: d.data.ptr() };
         let mut plans = self.plans.borrow_mut();
         if !plans.contains_key(&key) {
@@ -302,24 +347,36 @@ impl Blas {
     }
 
     fn plan(&self, key: &Key) -> Result<Plan, CudaError> {
-        let (a, b, d) = (key.a.layout()?, key.b.layout()?, key.d.layout()?);
-        let c = key.c.unwrap_or(key.d).layout()?;
-        let description = Description::new(key)?;
-        let algorithm = self.algorithm(key, &description, [&a, &b, &c, &d])?;
-        Ok(Plan { description, a, b, c, d, added: key.c.is_some(), algorithm })
+        let product = Product::new(key)?;
+        let algorithm = match key.rows {
+            Rows::Fastest => self.fastest(key, &product)?,
+            Rows::Alike => {
+                let usual = self.usual(&key.usual())?;
+                // No number of rows is known for which it would not do.
+                if self.takes(&product, &usual) { usual } else { self.fastest(key, &product)? }
+            }
+        };
+        Ok(Plan { product, added: key.c.is_some(), algorithm })
+    }
+
+    /// The algorithm for products like `key`, which is of the usual number of rows.
+    fn usual(&self, key: &Key) -> Result<cublasLtMatmulAlgo_t, CudaError> {
+        let mut algorithms = self.usual.borrow_mut();
+        if let Some(&algorithm) = algorithms.get(key) {
+            return Ok(algorithm);
+        }
+        let algorithm = self.fastest(key, &Product::new(key)?)?;
+        algorithms.insert(*key, algorithm);
+        Ok(algorithm)
     }
 
     /// The algorithm that cuBLASLt takes for the fastest.
-    fn algorithm(
-        &self,
-        key: &Key,
-        description: &Description,
-        [a, b, c, d]: [&Layout; 4],
-    ) -> Result<cublasLtMatmulAlgo_t, CudaError> {
+    fn fastest(&self, key: &Key, product: &Product) -> Result<cublasLtMatmulAlgo_t, CudaError> {
         let preference = Preference::new(key)?;
         // SAFETY: plain numbers, for which zeros are a value.
         let mut found: cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let mut count = 0;
+        let Product { description, a, b, c, d } = product;
         // B comes first, as everywhere.
         // SAFETY: all handles live, and there is room for the one result that is asked for.
         let status = unsafe {
@@ -345,25 +402,39 @@ impl Blas {
         Ok(found.algo)
     }
 
+    /// Whether an algorithm can compute a product.
+    fn takes(&self, Product { description, a, b, c, d }: &Product, algorithm: &cublasLtMatmulAlgo_t) -> bool {
+        // SAFETY: plain numbers, for which zeros are a value.
+        let mut found: cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+        // SAFETY: all handles live, and the out-parameter is valid.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(self.handle, description.0, b.0, a.0, c.0, d.0, algorithm, &mut found)
+        };
+        status == cublasStatus_t::CUBLAS_STATUS_SUCCESS
+            && found.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS
+            && found.workspaceSize <= WORKSPACE_BYTES
+    }
+
     fn run(&self, plan: &Plan, at: Addresses) -> Result<(), CublasError> {
         let (alpha, beta) = (1.0f32, if plan.added { 1.0f32 } else { 0.0 });
         let pointer = |address: u64| address as *mut c_void;
+        let Product { description, a, b, c, d } = &plan.product;
         // SAFETY: the plan's handles live; the operands are views of device memory that the layouts lie within, D is
         // borrowed exclusively, and the workspace is used by this stream alone.
         unsafe {
             result::matmul(
                 self.handle,
-                plan.description.0,
+                description.0,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
                 pointer(at.b),
-                plan.b.0,
+                b.0,
                 pointer(at.a),
-                plan.a.0,
+                a.0,
                 pointer(at.c),
-                plan.c.0,
+                c.0,
                 pointer(at.d),
-                plan.d.0,
+                d.0,
                 &plan.algorithm,
                 pointer(self.workspace.whole().ptr()),
                 WORKSPACE_BYTES,
@@ -394,12 +465,24 @@ fn blas_version() -> Result<(i32, i32), CudaError> {
 }
 
 /// A product as cuBLASLt knows it.
-struct Plan {
+struct Product {
     description: Description,
     a: Layout,
     b: Layout,
     c: Layout,
     d: Layout,
+}
+
+impl Product {
+    fn new(key: &Key) -> Result<Self, CudaError> {
+        let (a, b, d) = (key.a.layout()?, key.b.layout()?, key.d.layout()?);
+        Ok(Product { description: Description::new(key)?, a, b, c: key.c.unwrap_or(key.d).layout()?, d })
+    }
+}
+
+/// A product and how it is computed.
+struct Plan {
+    product: Product,
     added: bool,
     algorithm: cublasLtMatmulAlgo_t,
 }
@@ -451,8 +534,12 @@ impl Preference {
     fn new(key: &Key) -> Result<Self, CudaError> {
         let preference = result::create_matmul_pref();
         let preference = Preference(preference.map_err(|error| failed("cublasLtMatmulPreferenceCreate", error))?);
-        // Without a cut depth, or with sums in f32 that one kernel adds up: the other ways round in between.
-        let reduction = cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        let reduction = match key.rows {
+            // Without a cut depth, or with sums in f32 that one kernel adds up: the other ways round in between.
+            Rows::Fastest => cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE,
+            // Parts of a depth would need room that grows with the rows.
+            Rows::Alike => cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_NONE,
+        } as u32;
         let c = key.c.unwrap_or(key.d);
         preference.set(PreferenceAttribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE_BYTES)?;
         preference.set(PreferenceAttribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reduction)?;

@@ -35,7 +35,7 @@ impl Pace {
     /// If the kernels do not compile, or the device has failed.
     pub fn new(gpu: &Gpu) -> Result<Pace, CudaError> {
         gpu.device().bind()?;
-        let cubin = compile_cached(&PACE, &gpu.architecture())?;
+        let cubin = compile_cached(&PACE, &gpu.device().architecture())?;
         let mut module = std::ptr::null_mut();
         // SAFETY: the image is what NVRTC made, whole.
         check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut module, cubin.as_ptr().cast()) })?;

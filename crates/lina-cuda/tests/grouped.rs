@@ -241,26 +241,26 @@ fn nothing_is_ordinary() {
 #[test]
 fn a_row_has_the_same_bits_alone_in_every_tile_and_every_time() {
     let Some(gpu) = gpu() else { return };
-    if gpu.compute_capability() != (9, 0) {
-        return;
-    }
-    for layout in [BLayout::Nk, BLayout::Kn] {
-        let case = Rows::new(&gpu, &RAGGED, 7, 320, 768, layout, DType::Bf16);
-        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
-        let all = bits(case.run(&gpu, None, &case.groups));
-        for kernel in kernels(&gpu, DType::Bf16) {
-            if kernel == GroupedKernel::Blas {
-                continue;
-            }
-            for _ in 0..3 {
-                assert!(bits(case.run(&gpu, Some(kernel), &case.groups)) == all, "{kernel:?} {layout:?}");
-            }
-            let largest = case.groups.iter().max_by_key(|group| group.rows).unwrap();
-            for row in [0, 1, 70, 500, 999] {
-                let alone = GroupedRows { a_row: largest.a_row + row, c_row: largest.c_row + row, rows: 1, ..*largest };
-                let found = bits(case.run(&gpu, Some(kernel), &[alone]));
-                let place = alone.c_row as usize * case.n..(alone.c_row as usize + 1) * case.n;
-                assert!(found[place.clone()] == all[place], "{kernel:?} {layout:?} row {row}");
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    // A depth that cuBLASLt would cut, and a width at which rows are differently aligned.
+    for (dtype, n, k) in
+        [(DType::F32, 320, 768), (DType::F32, 64, 4096), (DType::F32, 65, 131), (DType::Bf16, 320, 768)]
+    {
+        for layout in [BLayout::Nk, BLayout::Kn] {
+            let case = Rows::new(&gpu, &RAGGED, 7, n, k, layout, dtype);
+            let all = bits(case.run(&gpu, None, &case.groups));
+            let exact = |kernel: &GroupedKernel| dtype == DType::F32 || *kernel != GroupedKernel::Blas;
+            for kernel in kernels(&gpu, dtype).into_iter().filter(exact) {
+                for _ in 0..3 {
+                    assert!(bits(case.run(&gpu, Some(kernel), &case.groups)) == all, "{kernel:?} {layout:?}");
+                }
+                let largest = case.groups.iter().max_by_key(|group| group.rows).unwrap();
+                for (row, rows) in [(0, 1), (1, 1), (70, 2), (500, 333), (999, 1)] {
+                    let (a_row, c_row) = (largest.a_row + row, largest.c_row + row);
+                    let found = bits(case.run(&gpu, Some(kernel), &[GroupedRows { a_row, c_row, rows, ..*largest }]));
+                    let place = c_row as usize * n..(c_row + rows) as usize * n;
+                    assert!(found[place.clone()] == all[place], "{kernel:?} {layout:?} {n} x {k}: rows from {row}");
+                }
             }
         }
     }

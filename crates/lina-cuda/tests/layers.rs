@@ -1,7 +1,7 @@
 //! Norms, rotary embedding, activations, embeddings, loss and whole-buffer operations, against the processor's.
 
-use lina_cuda::testing::{random, relative_error, round_bf16};
-use lina_cuda::{Buffer, DType, Gpu, Slice, SliceMut};
+use lina_cuda::testing::{gpu, random, relative_error, round_bf16};
+use lina_cuda::{Buffer, DType, Gpu, PartSum, Priority, Slice, SliceMut, Stream};
 use lina_kernels::{self as cpu, Activation, Compute, HeadLayout, IGNORED};
 
 /// Device memory whose first elements are skipped, so that the others may not be aligned.
@@ -674,4 +674,21 @@ fn rates() {
     measure("accumulate_f32", 3 * f32_bytes, &mut || {
         lina_cuda::accumulate_f32(&gpu, params.whole_mut(), grads.whole()).unwrap();
     });
+}
+
+#[test]
+fn parts_are_summed_in_their_order_on_any_stream() {
+    let Some(gpu) = gpu() else { return };
+    let (count, len) = (5, 1_003);
+    let parts = random(3, count * len);
+    let device_parts = gpu.buffer_from(&parts, DType::F32).unwrap();
+    let sum = gpu.zeros(len, DType::F32).unwrap();
+    gpu.synchronize().unwrap();
+    let stream = Stream::new(gpu.device(), Priority::High).unwrap();
+    let kernel = PartSum::new(gpu.device()).unwrap();
+    // SAFETY: nobody else uses the sum before the stream has come as far.
+    unsafe { kernel.enqueue(&stream, device_parts.whole(), count, sum.whole().ptr()) }.unwrap();
+    stream.synchronize().unwrap();
+    let in_order = |i: usize| parts[i..].iter().step_by(len).copied().reduce(|sum, part| sum + part).unwrap();
+    assert!(gpu.to_host::<f32>(sum.whole()).unwrap().into_iter().eq((0..len).map(in_order)));
 }

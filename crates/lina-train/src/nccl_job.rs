@@ -35,6 +35,7 @@ pub(crate) fn run<R>(
         let config = NcclConfig {
             ranks: experts.ranks(),
             groups: experts.groups().to_vec(),
+            ordered_sums: cluster.ordered_sums,
             timeout: Duration::from_secs_f64(cluster.timeout_s),
             identity: format!("lina {}\n{identity}", env!("CARGO_PKG_VERSION")),
             last_words: LAST_WORDS.get().copied(),

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lina_cuda::cudarc::driver::result::memcpy_dtod_async;
-use lina_cuda::cudarc::driver::sys::CUstream;
 use lina_cuda::{Buffer, CudaError, DType, Device, Event, Priority, Stream};
 
 use super::NcclConfig;
@@ -16,6 +15,8 @@ use super::library::{Communicator, Nccl, PATIENCE, State, UniqueId};
 use super::staging::{Stage, write};
 use super::star::Star;
 use super::start::Started;
+use super::sums::{OrderedSums, Sums};
+use crate::buffer::Region;
 use crate::driver::{Operation, Reduction};
 use crate::exchange::AnyExchange;
 use crate::processes::heartbeat::Heartbeat;
@@ -140,6 +141,7 @@ pub(super) struct NcclEngine {
     control: Option<Communicator>,
     /// Of the sets of ranks that reduction groups have, each once; none of a single rank.
     groups: Vec<Slot>,
+    sums: Sums,
     /// By channel.
     lanes: [Lane; CHANNELS],
     /// Not yet launched, in order.
@@ -172,6 +174,8 @@ impl NcclEngine {
         let Started { rank, device, shared, nccl, star, heartbeat, .. } = started;
         device.bind()?;
         let lanes = [Lane::new(&device)?, Lane::new(&device)?, Lane::new(&device)?];
+        let stream = &lanes[Channel::AllReduce as usize].stream;
+        let sums = if config.ordered_sums { Sums::Ordered(OrderedSums::new(&device, stream)?) } else { Sums::Nccl };
         let mut engine = NcclEngine {
             rank,
             ranks: config.ranks,
@@ -184,6 +188,7 @@ impl NcclEngine {
             all_to_all: None,
             control: None,
             groups: Vec::new(),
+            sums,
             lanes,
             waiting: VecDeque::new(),
             preparing: None,
@@ -214,16 +219,21 @@ impl NcclEngine {
         let mut made = self.make(&[all.clone(), all])?.into_iter();
         self.all_to_all = made.next().flatten();
         self.control = made.next().flatten();
-        self.connect(self.all_to_all.as_ref(), 1 + self.ranks, |communicator, at, stream| {
-            let bytes = size_of::<f32>();
-            (0..self.ranks).filter(|&peer| peer != self.rank).try_for_each(|peer| {
-                let place = at + ((1 + peer) * bytes) as u64;
-                // SAFETY: `connect` keeps the memory.
-                unsafe { communicator.send(at, bytes, peer, stream) }?;
-                // SAFETY: as above.
-                unsafe { communicator.receive(place, bytes, peer, stream) }
-            })
-        })?;
+        if let Some(communicator) = &self.all_to_all {
+            let stream = &self.lanes[Channel::AllToAll as usize].stream;
+            connect(&self.device, stream, &self.heartbeat, communicator, 1 + self.ranks, |at| {
+                let bytes = size_of::<f32>();
+                communicator.group(|| {
+                    communicator.partners().try_for_each(|(to, from)| {
+                        let place = at + ((1 + from) * bytes) as u64;
+                        // SAFETY: `connect` keeps the memory.
+                        unsafe { communicator.send(at, bytes, to, stream.raw()) }?;
+                        // SAFETY: as above.
+                        unsafe { communicator.receive(place, bytes, from, stream.raw()) }
+                    })
+                })
+            })?;
+        }
         self.make_groups()
     }
 
@@ -268,47 +278,17 @@ impl NcclEngine {
         let (made, kept) = (self.make(&new)?, self.groups.len());
         // A failure finds them here, to be aborted: their first operation may be under way.
         self.groups.extend(new.into_iter().zip(made));
-        for (_, communicator) in &self.groups[kept..] {
+        for communicator in self.groups[kept..].iter().filter_map(|(_, communicator)| communicator.as_ref()) {
             for elements in CONNECTING {
-                self.connect(communicator.as_ref(), elements, |communicator, at, stream| {
+                let (device, heartbeat) = (&self.device, &self.heartbeat);
+                let stream = &self.lanes[Channel::AllReduce as usize].stream;
+                connect(device, stream, heartbeat, communicator, elements, |at| {
+                    let settled = || communicator.settled(|| heartbeat.failure().is_none());
                     // SAFETY: `connect` keeps the memory.
-                    unsafe { communicator.sum(at, elements, stream) }
+                    unsafe { self.sums.enqueue(communicator, &[(at, elements)], stream, settled) }
                 })?;
             }
         }
-        Ok(())
-    }
-
-    /// Runs an operation on `elements` f32, whatever they are: NCCL connects ranks in their first operations, which
-    /// would be taken for slow ones. All members call it together; blocks.
-    fn connect(
-        &self,
-        communicator: Option<&Communicator>,
-        elements: usize,
-        operation: impl FnOnce(&Communicator, u64, CUstream) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
-        let Some(communicator) = communicator else { return Ok(()) };
-        let stream = &self.lanes[Channel::AllReduce as usize].stream;
-        let mut memory = ManuallyDrop::new(Buffer::new(stream, elements, DType::F32)?);
-        let may_go_on = || self.heartbeat.failure().is_none();
-        communicator.group(|| operation(communicator, memory.whole().ptr(), stream.raw()))?;
-        communicator.settled(may_go_on)?;
-        let event = Event::new(&self.device)?;
-        event.record(stream)?;
-        let deadline = Instant::now() + PATIENCE;
-        while !event.query()? {
-            communicator.state()?;
-            if !may_go_on() {
-                return Err(Fault("connecting ranks was broken off".to_owned()));
-            }
-            if Instant::now() > deadline {
-                let seconds = PATIENCE.as_secs();
-                return Err(Fault(format!("connecting ranks has not come to an end within {seconds} s")));
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        // SAFETY: not dropped before; where the device may still use it, it stays.
-        unsafe { ManuallyDrop::drop(&mut memory) };
         Ok(())
     }
 
@@ -336,15 +316,10 @@ impl NcclEngine {
             Channel::AllToAll => self.all_to_all.as_ref(),
             Channel::Control => self.control.as_ref(),
             Channel::AllReduce => match &self.lanes[channel as usize].under_way.back()?.task {
-                Task::Reduction(reduction) => self.group(reduction),
+                Task::Reduction(reduction) => group(&self.members, &self.groups, reduction),
                 _ => None,
             },
         }
-    }
-
-    fn group(&self, reduction: &Reduction) -> Option<&Communicator> {
-        let members = &self.members[reduction.group.0 as usize];
-        self.groups.iter().find(|(set, _)| set == members)?.1.as_ref()
     }
 
     fn launch(&mut self, operation: Operation) -> Result<(), Fault> {
@@ -401,16 +376,14 @@ impl NcclEngine {
                 self.exchange_pieces(&[pieces], stream)
             }
             Task::Reduction(reduction) => {
-                let Some(communicator) = self.group(reduction) else { return Ok(()) };
-                communicator.group(|| {
-                    reduction.pieces.iter().try_for_each(|piece| {
-                        let at = piece.device_address().ok_or_else(|| {
-                            Fault("a gradient is in host memory, expected device memory with engine nccl".to_owned())
-                        })?;
-                        // SAFETY: the piece is in its lane's queue until the sum has run, and nobody else touches it.
-                        unsafe { communicator.sum(at, piece.len(), stream.raw()) }
-                    })
-                })
+                let Some(communicator) = group(&self.members, &self.groups, reduction) else { return Ok(()) };
+                let on_host =
+                    || Fault("a gradient is in host memory, expected device memory with engine nccl".to_owned());
+                let place = |piece: &Region| Ok((piece.device_address().ok_or_else(on_host)?, piece.len()));
+                let pieces = reduction.pieces.iter().map(place).collect::<Result<Vec<_>, Fault>>()?;
+                let settled = || communicator.settled(|| self.heartbeat.failure().is_none());
+                // SAFETY: the pieces are in their lane's queue until the sum has run, and nobody else touches them.
+                unsafe { self.sums.enqueue(communicator, &pieces, stream, settled) }
             }
             Task::Control { stage, bytes } => {
                 let mine = self.rank * bytes;
@@ -438,20 +411,13 @@ impl NcclEngine {
         }
         let Some(communicator) = &self.all_to_all else { return Ok(()) };
         communicator.group(|| {
-            // The nearest ranks first, each with another partner at a time.
-            for distance in 1..self.ranks {
-                let (to, from) =
-                    ((self.rank + distance) % self.ranks, (self.rank + self.ranks - distance) % self.ranks);
+            for (to, from) in communicator.partners() {
                 for pieces in sets {
                     let ((send_start, send), (recv_start, recv)) = (pieces.send[to], pieces.recv[from]);
                     // SAFETY: as above; what is received overlaps nothing, and nobody else has the buffers.
                     unsafe {
-                        if send > 0 {
-                            communicator.send(pieces.from + send_start, send, to, stream.raw())?;
-                        }
-                        if recv > 0 {
-                            communicator.receive(pieces.to + recv_start, recv, from, stream.raw())?;
-                        }
+                        communicator.send(pieces.from + send_start, send, to, stream.raw())?;
+                        communicator.receive(pieces.to + recv_start, recv, from, stream.raw())?;
                     }
                 }
             }
@@ -649,6 +615,45 @@ impl NcclEngine {
         let all = self.all_to_all.take().into_iter().chain(self.control.take());
         all.chain(groups.into_iter().filter_map(|(_, communicator)| communicator))
     }
+}
+
+/// Runs an operation on `elements` f32, whatever they are: NCCL connects ranks in their first operations, which would be
+/// taken for slow ones. All members call it together; blocks.
+fn connect(
+    device: &Device,
+    stream: &Stream,
+    heartbeat: &Heartbeat,
+    communicator: &Communicator,
+    elements: usize,
+    operation: impl FnOnce(u64) -> Result<(), Fault>,
+) -> Result<(), Fault> {
+    let mut memory = ManuallyDrop::new(Buffer::new(stream, elements, DType::F32)?);
+    let may_go_on = || heartbeat.failure().is_none();
+    operation(memory.whole().ptr())?;
+    communicator.settled(may_go_on)?;
+    let event = Event::new(device)?;
+    event.record(stream)?;
+    let deadline = Instant::now() + PATIENCE;
+    while !event.query()? {
+        communicator.state()?;
+        if !may_go_on() {
+            return Err(Fault("connecting ranks was broken off".to_owned()));
+        }
+        if Instant::now() > deadline {
+            let seconds = PATIENCE.as_secs();
+            return Err(Fault(format!("connecting ranks has not come to an end within {seconds} s")));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // SAFETY: not dropped before; where the device may still use it, it stays.
+    unsafe { ManuallyDrop::drop(&mut memory) };
+    Ok(())
+}
+
+/// The communicator of a reduction's group; `None` if that has no other rank.
+fn group<'a>(members: &[Vec<usize>], groups: &'a [Slot], reduction: &Reduction) -> Option<&'a Communicator> {
+    let members = &members[reduction.group.0 as usize];
+    groups.iter().find(|(set, _)| set == members)?.1.as_ref()
 }
 
 /// Sets of more than one rank, each once.

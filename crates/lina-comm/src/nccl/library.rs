@@ -20,6 +20,10 @@ use crate::processes::Fault;
 const NEEDED: c_int = 2_18_00;
 /// File names, the one of packages without headers first.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
+/// Of NCCL's socket transport: the largest message that travels in one piece with its size. Where a packet ends between the
+/// two, the receiver takes what follows for the next message's size (seen with 2.28.9: "message truncated", or a wrong
+/// value). So none does, unless the user has decided otherwise.
+const INLINE: (&str, &str) = ("NCCL_SOCKET_INLINE", "0");
 /// How long a communicator may take to be made, to be used for the first time or to be taken apart.
 pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 /// How often it is asked meanwhile whether that still makes sense.
@@ -145,6 +149,12 @@ impl Nccl {
     }
 
     fn load() -> Result<Nccl, String> {
+        let (name, value) = INLINE;
+        if std::env::var_os(name).is_none() {
+            // SAFETY: NCCL reads its variables later. Rust's own accesses exclude each other, and a rank loads NCCL before
+            // it starts anything else that might look at them from another thread.
+            unsafe { std::env::set_var(name, value) };
+        }
         // SAFETY: NCCL's initialisers do nothing that matters here.
         let library = NAMES.into_iter().find_map(|name| unsafe { Library::new(name) }.ok()).ok_or(
             "libnccl.so.2 cannot be loaded, expected NCCL 2.18 or later on the library path (the package nvidia-nccl-cu13 \
@@ -229,8 +239,9 @@ pub(super) enum State {
 pub(super) struct Communicator {
     nccl: &'static Nccl,
     handle: Handle,
-    /// This rank's number in it.
+    /// This rank's number in it, and how many there are.
     member: usize,
+    members: usize,
 }
 
 impl Communicator {
@@ -256,9 +267,20 @@ impl Communicator {
             Ok(Address(handle))
         };
         let Address(handle) = beside("making a communicator", init, &may_go_on)?;
-        let communicator = Communicator { nccl, handle, member };
+        let communicator = Communicator { nccl, handle, member, members };
         communicator.settled(&may_go_on)?;
         Ok(communicator)
+    }
+
+    /// This rank's number in it, and how many there are.
+    pub(super) fn place(&self) -> (usize, usize) {
+        (self.member, self.members)
+    }
+
+    /// Whom this member sends to and receives from where all send to all: the nearest first, with other partners each time.
+    pub(super) fn partners(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (member, members) = self.place();
+        (1..members).map(move |distance| ((member + distance) % members, (member + members - distance) % members))
     }
 
     /// What it is at.
@@ -296,22 +318,28 @@ impl Communicator {
         outcome.and(end)
     }
 
-    /// Sends `bytes` bytes at the device address `from` to member `peer`, in the order of `stream`.
+    /// Sends `bytes` bytes, if any, at the device address `from` to member `peer`, in the order of `stream`.
     ///
     /// # Safety
     /// The memory must stay, unchanged, until the operation has run or the communicator is aborted.
     pub(super) unsafe fn send(&self, from: u64, bytes: usize, peer: usize, stream: CUstream) -> Result<(), Fault> {
+        if bytes == 0 {
+            return Ok(());
+        }
         let from = from as *const c_void;
         // SAFETY: the handle lives; the caller vouches for the memory.
         let code = unsafe { (self.nccl.functions.send)(from, bytes, BYTES, peer as c_int, self.handle, stream) };
         self.nccl.checked("ncclSend", self.handle, code)
     }
 
-    /// Receives `bytes` bytes from member `peer` at the device address `to`, in the order of `stream`.
+    /// Receives `bytes` bytes, if any, from member `peer` at the device address `to`, in the order of `stream`.
     ///
     /// # Safety
     /// The memory must stay, touched by nobody, until the operation has run or the communicator is aborted.
     pub(super) unsafe fn receive(&self, to: u64, bytes: usize, peer: usize, stream: CUstream) -> Result<(), Fault> {
+        if bytes == 0 {
+            return Ok(());
+        }
         let to = to as *mut c_void;
         // SAFETY: the handle lives; the caller vouches for the memory.
         let code = unsafe { (self.nccl.functions.recv)(to, bytes, BYTES, peer as c_int, self.handle, stream) };
@@ -398,5 +426,17 @@ fn beside<R: Send + 'static>(
             Err(mpsc::RecvTimeoutError::Timeout) => {}
             Err(mpsc::RecvTimeoutError::Disconnected) => return Err(Fault(format!("{what} panicked"))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_small_message_travels_with_its_size() {
+        // Whether or not the library is there: it has to be said before it is loaded.
+        let _ = Nccl::get();
+        assert!(std::env::var_os(INLINE.0).is_some());
     }
 }

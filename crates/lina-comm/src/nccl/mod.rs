@@ -12,8 +12,9 @@
 //! What is different from the other engines:
 //! - With the data of an all-to-all travels the time at which each rank launched it, so that waiting for a late rank is not
 //!   counted as time on the wire. Allreduces and closing sums count from their launch on this rank, as on MPI.
-//! - Sums have a fixed order for given ranks and sizes, so that runs repeat to the bit. But how a gradient is cut into
-//!   micro-operations may change the last bits: between policies, results are the same up to rounding.
+//! - NCCL's sums have a fixed order for given ranks and sizes, so that runs repeat to the bit. But how a gradient is cut into
+//!   micro-operations may change the last bits: between policies, results are the same up to rounding, or to the bit with
+//!   [`NcclConfig::ordered_sums`] (`sums`).
 //! - [`Route::ThroughNode`] is not offered: NCCL has ways of its own through a node.
 
 mod engine;
@@ -22,6 +23,7 @@ mod library;
 mod staging;
 mod star;
 mod start;
+mod sums;
 
 use std::io;
 use std::sync::{Arc, mpsc};
@@ -47,6 +49,8 @@ pub struct NcclConfig {
     pub ranks: usize,
     /// Members of each reduction group, ascending; group 0 is all ranks.
     pub groups: Vec<Vec<usize>>,
+    /// Whether gradients are summed in the order of ranks, however they are cut, instead of by NCCL's allreduce.
+    pub ordered_sums: bool,
     /// How long the others wait for a rank before the job ends.
     pub timeout: Duration,
     /// Text that must be the same on all ranks: version and configuration, a key a line.

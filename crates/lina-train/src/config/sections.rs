@@ -172,6 +172,9 @@ pub struct ClusterConfig {
     /// `cluster.link.nodes` says it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nodes: Option<usize>,
+    /// Whether gradients are summed in the order of ranks on `nccl` too, as always on the other engines, instead of by NCCL's
+    /// allreduce: results are then the same to the bit under every policy.
+    pub ordered_sums: bool,
     /// How long a rank may be silent before the job ends, in seconds of the wall clock; reading and writing a checkpoint
     /// does not count.
     pub timeout_s: f64,
@@ -192,6 +195,7 @@ impl Default for ClusterConfig {
             threads: 0,
             experts_per_rank: None,
             nodes: None,
+            ordered_sums: false,
             timeout_s: 30.0,
             memory_limit_gib: None,
             link: None,
