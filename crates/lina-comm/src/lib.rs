@@ -23,6 +23,7 @@ mod driver;
 pub mod emulated;
 mod error;
 mod exchange;
+mod launcher;
 pub mod local;
 #[cfg(feature = "mpi")]
 pub mod mpi;
@@ -50,6 +51,7 @@ pub use error::CommError;
 #[cfg(feature = "nccl")]
 pub use exchange::DeviceExchange;
 pub use exchange::Exchange;
+pub use launcher::{launched_rank, launched_ranks, launched_ranks_here};
 pub use lina_plan::{AllToAllKind, Direction, GroupId, Leg, MoeShape, Nanos, WeightGradients};
 pub use stats::StepStats;
 pub use trace::{Lane, Span};

@@ -65,6 +65,14 @@ impl ComputeClock {
         self.device = Some(device);
     }
 
+    /// Whether computation is on a GPU.
+    pub(crate) fn has_device(&self) -> bool {
+        #[cfg(feature = "nccl")]
+        return self.device.is_some();
+        #[cfg(not(feature = "nccl"))]
+        false
+    }
+
     /// A mark behind what has been computed so far, where that is not known to have happened.
     #[cfg(feature = "nccl")]
     pub(crate) fn mark(&mut self) -> Option<Box<dyn Ready>> {

@@ -10,7 +10,7 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -89,6 +89,8 @@ pub(crate) struct Mailbox {
     state: Mutex<Mail>,
     for_comm: Condvar,
     for_compute: Condvar,
+    /// How often the compute thread has been told of news.
+    news: AtomicU64,
     /// The compute thread has long work on the host.
     busy: AtomicBool,
 }
@@ -117,6 +119,7 @@ impl Mailbox {
             state: Mutex::default(),
             for_comm: Condvar::new(),
             for_compute: Condvar::new(),
+            news: AtomicU64::new(0),
             busy: AtomicBool::new(false),
         }
     }
@@ -140,7 +143,21 @@ impl Mailbox {
     /// Wakes the compute thread with a failure, unless it has been told of one.
     pub(crate) fn fail(&self, failure: CommError) {
         self.lock().failure.get_or_insert(failure);
+        self.tell_compute();
+    }
+
+    /// Wakes the compute thread: something has changed that it may wait for.
+    fn tell_compute(&self) {
+        self.news.fetch_add(1, Ordering::Release);
         self.for_compute.notify_all();
+    }
+
+    /// Looks for news since the count was `seen`, as long as a small exchange takes.
+    fn look_for_news(&self, seen: u64) {
+        let deadline = Instant::now() + WATCH;
+        while self.news.load(Ordering::Acquire) == seen && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
     }
 
     /// The launches so far, with their steps.
@@ -262,6 +279,8 @@ impl ThreadedPort {
         self.clock.end_work();
         self.clock.check()?;
         let start = self.clock.now();
+        // A thread whose device computes has nothing else to do, and sleeping takes longer than a token's rows on their way.
+        let mut watches = self.clock.has_device();
         let mut mail = self.mailbox.lock();
         loop {
             if let Some(result) = ready(&mut mail) {
@@ -272,7 +291,14 @@ impl ThreadedPort {
             if let Some(failure) = &mail.failure {
                 return Err(failure.clone());
             }
-            mail = self.mailbox.for_compute.wait(mail).unwrap_or_else(|poisoned| poisoned.into_inner());
+            if std::mem::take(&mut watches) {
+                let seen = self.mailbox.news.load(Ordering::Acquire);
+                drop(mail);
+                self.mailbox.look_for_news(seen);
+                mail = self.mailbox.lock();
+            } else {
+                mail = self.mailbox.for_compute.wait(mail).unwrap_or_else(|poisoned| poisoned.into_inner());
+            }
         }
     }
 }
@@ -407,6 +433,9 @@ struct CommThread<E> {
     channel_free: [Nanos; CHANNELS],
 }
 
+/// How long a compute thread with a device, and its engine after the last operation, look for news before they sleep: some
+/// exchanges of a few rows.
+pub(crate) const WATCH: Duration = Duration::from_micros(300);
 /// How often a communication thread looks after its peers while it waits for them.
 pub(crate) const LOOK_AROUND: Duration = Duration::from_millis(200);
 /// How often it looks whether the oldest submission is ready, at least.
@@ -509,7 +538,7 @@ impl<E: Engine> CommThread<E> {
         }
         drop(mail);
         if news {
-            self.mailbox.for_compute.notify_all();
+            self.mailbox.tell_compute();
         }
         Some(busy)
     }

@@ -81,6 +81,8 @@ pub struct GeneratedToken {
     pub logprob: f32,
     /// As in [`Sampled::top`].
     pub top: Vec<(u32, f32)>,
+    /// When it was chosen, which whoever reads it may see later.
+    pub at: Instant,
 }
 
 /// Why a request is not taken.
@@ -585,7 +587,8 @@ impl<B: Backend> Serving<'_, B> {
         active.last_token = token;
         let mut delivered = true;
         if !stops {
-            delivered = events.send(GenerateEvent::Token(GeneratedToken { token, logprob, top })).is_ok();
+            delivered =
+                events.send(GenerateEvent::Token(GeneratedToken { token, logprob, top, at: Instant::now() })).is_ok();
         }
         if stops || feed.last {
             let reason = if stops { FinishReason::Stop } else { FinishReason::Length };

@@ -178,7 +178,7 @@ fn answer(
     while let Some(event) = stream.recv() {
         let text = match event {
             GenerateEvent::Token(it) => {
-                let after = first.get_or_insert_with(Instant::now).elapsed().as_secs_f64();
+                let after = it.at.duration_since(*first.get_or_insert(it.at)).as_secs_f64();
                 summary.tokens_per_s = if after > 0.0 { summary.token_ids.len() as f64 / after } else { 0.0 };
                 summary.token_ids.push(it.token);
                 summary.logprobs.push(it.logprob);

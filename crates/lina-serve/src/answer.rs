@@ -141,7 +141,7 @@ impl Answer {
         }
     }
 
-    fn push(&mut self, GeneratedToken { token, logprob, top }: GeneratedToken) -> Result<(), InferError> {
+    fn push(&mut self, GeneratedToken { token, logprob, top, .. }: GeneratedToken) -> Result<(), InferError> {
         if self.first_token.is_none() {
             self.first_token = Some(Instant::now());
             self.server.metrics.first_token_seconds.observe(self.arrived.elapsed().as_secs_f64());

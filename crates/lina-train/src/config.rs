@@ -21,8 +21,8 @@ pub use document::Override;
 pub use error::ConfigError;
 pub use sections::{BenchConfig, ClusterConfig, DeviceConfig, Engine, LinkConfig, PolicyConfig, Scalar, TrainConfig};
 
-use crate::launcher::launched_ranks;
 use document::Document;
+use lina_comm::launched_ranks;
 use sections::{BYTES, DataSection};
 
 /// Everything that a run is told. [`RunConfig::load`] is the way to one; the fields are public to be read.

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | what is a run told? | [`RunConfig`] (`config`) |
 //! | what does a step do on a rank? | `worker`, `optimizer` |
-//! | how do ranks start, and what if one fails? | `job`, `mpi_job`, `nccl_job`, `launcher`, [`keep_panics_quiet`] (`panics`) |
+//! | how do ranks start, and what if one fails? | `job`, `mpi_job`, `nccl_job`, [`keep_panics_quiet`] (`panics`) |
 //! | what of a rank is on its GPU? | `replica` |
 //! | what is left of a run? | [`default_run_folder`] (`run_folder`), `checkpoint`, `observer`, `outputs` |
 //! | which rank holds which experts as the run goes on? | `packing` |
@@ -29,7 +29,6 @@ mod error;
 mod eval;
 mod gather;
 mod job;
-mod launcher;
 #[cfg(feature = "cuda")]
 mod layer;
 mod memory;
@@ -63,10 +62,10 @@ pub use diagnose::{PairMeasured, RankDiagnosis, RankMeasured, diagnose_ranks};
 pub use error::TrainError;
 pub use eval::{EvalOptions, EvalSummary, eval};
 pub use job::{JobOutcome, run_job, set_last_words};
-pub use launcher::{launched_rank, launched_ranks, launched_ranks_here};
+
 #[cfg(feature = "cuda")]
 pub use layer::{LayerRow, LayerShape, LayerSummary, bench_layer};
-pub use lina_comm::CommError;
+pub use lina_comm::{CommError, launched_rank, launched_ranks, launched_ranks_here};
 pub use memory::MemoryPlan;
 pub use optimizer::learning_rate;
 pub use panics::{keep_panics_quiet, panic_reason};

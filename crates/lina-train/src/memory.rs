@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::TrainError;
 use crate::config::RunConfig;
-use crate::launcher::launched_rank;
 use crate::worker::model_limits;
+use lina_comm::launched_rank;
 
 /// Bytes that a process takes besides what it plans: program, threads, allocator.
 const PROCESS_BYTES: u64 = 24 << 20;

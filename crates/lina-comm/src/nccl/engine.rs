@@ -21,7 +21,7 @@ use crate::driver::{Operation, Reduction};
 use crate::exchange::AnyExchange;
 use crate::processes::heartbeat::Heartbeat;
 use crate::processes::{Assembly, Fault, Patience};
-use crate::threaded::{Engine, Finished, LOOK_AROUND};
+use crate::threaded::{Engine, Finished, LOOK_AROUND, WATCH};
 use crate::transfer::sum_control;
 use crate::wire::{CHANNELS, Channel};
 use crate::{CommError, DeviceExchange, Exchange};
@@ -153,6 +153,8 @@ pub(super) struct NcclEngine {
     started: u64,
     events: Vec<Event>,
     patience: Patience,
+    /// When an operation was last found to have run.
+    last_end: Instant,
     looked: Instant,
     failure: Option<CommError>,
     /// Beats until the last communicator is taken apart.
@@ -195,6 +197,7 @@ impl NcclEngine {
             started: 0,
             events: Vec::new(),
             patience: Patience::new(YIELDS, LONGEST_SLEEP),
+            last_end: Instant::now(),
             looked: Instant::now(),
             failure: None,
             heartbeat,
@@ -488,6 +491,7 @@ impl NcclEngine {
         for channel in 0..CHANNELS {
             while let Some(UnderWay { launched, done, task }) = self.pop_done(channel)? {
                 self.patience.reset();
+                self.last_end = Instant::now();
                 self.events.extend(done);
                 finished.push(self.finished(launched, task)?);
             }
@@ -740,7 +744,14 @@ impl Engine for NcclEngine {
     }
 
     fn patience(&mut self) -> Duration {
-        if self.failure.is_some() || self.is_idle() { LOOK_AROUND } else { self.patience.next() }
+        if self.failure.is_none() && !self.is_idle() {
+            self.patience.next()
+        } else if self.failure.is_none() && self.last_end.elapsed() < WATCH {
+            // The next one is about to come, where few tokens are computed.
+            Duration::ZERO
+        } else {
+            LOOK_AROUND
+        }
     }
 
     fn fail(&mut self, failure: CommError) {

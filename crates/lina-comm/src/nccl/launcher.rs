@@ -1,6 +1,8 @@
-//! What a launcher tells a process of its job: `torchrun` and everybody who sets its variables, `mpirun`, `srun`.
+//! Where the processes that a launcher has started meet: `torchrun` and everybody who sets its variables, `mpirun`, `srun`.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+
+use crate::launcher::Place;
 
 /// This process as its launcher started it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,15 +17,6 @@ pub struct Launched {
     pub(super) meeting_place: Result<(String, u16), String>,
 }
 
-/// Variables that say rank, number of ranks and number on the host.
-const LAUNCHERS: [[&str; 3]; 4] = [
-    ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
-    ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"],
-    ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"],
-    ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"],
-];
-/// Variables that say how many ranks are on this host.
-const LOCAL_RANKS: [&str; 3] = ["LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"];
 /// Variables whose text is one for all ranks of a job and another one for every job of a host.
 const JOBS: [&str; 3] = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_PORT"];
 /// The port where `MASTER_ADDR` comes without `MASTER_PORT`, as in PyTorch.
@@ -38,13 +31,9 @@ pub fn launched() -> Option<Launched> {
 }
 
 fn read(variable: &dyn Fn(&str) -> Option<String>) -> Option<Launched> {
-    let number = |name: &str| variable(name)?.trim().parse::<usize>().ok();
-    let (rank, ranks, local_rank) = LAUNCHERS.iter().find_map(|[rank, ranks, local_rank]| {
-        let rank = number(rank)?;
-        Some((rank, number(ranks)?, number(local_rank).unwrap_or(rank)))
-    })?;
-    let all_here = LOCAL_RANKS.iter().find_map(|name| number(name)) == Some(ranks);
-    Some(Launched { rank, ranks, local_rank, meeting_place: meeting_place(variable, all_here) })
+    let Place { rank, ranks, local_rank, ranks_here } = Place::read(variable)?;
+    let meeting_place = meeting_place(variable, ranks_here == Some(ranks));
+    Some(Launched { rank, ranks, local_rank: local_rank.unwrap_or(rank), meeting_place })
 }
 
 fn meeting_place(variable: &dyn Fn(&str) -> Option<String>, all_here: bool) -> Result<(String, u16), String> {
@@ -123,7 +112,7 @@ mod tests {
 
         let slurm = [
             ("SLURM_PROCID", "3"),
-            ("SLURM_NTASKS", "4"),
+            ("SLURM_STEP_NUM_TASKS", "4"),
             ("SLURM_LOCALID", "1"),
             ("SLURM_JOB_ID", "77"),
             ("SLURM_JOB_NODELIST", "gpu[03-05,9]-ib,login"),

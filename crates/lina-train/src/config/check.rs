@@ -7,7 +7,7 @@ use lina_net::Topology;
 use lina_plan::ExpertLayout;
 
 use super::{ClusterConfig, DeviceConfig, Engine, RunConfig, Scalar};
-use crate::launcher::launched_ranks;
+use lina_comm::launched_ranks;
 
 /// Something impossible, and the key to blame, so that the place can be looked up.
 #[derive(Debug)]
