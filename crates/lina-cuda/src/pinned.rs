@@ -38,6 +38,11 @@ impl PinnedBuffer {
         unsafe { ptr.write_bytes(0, len) };
         Ok(PinnedBuffer { device: device.clone(), ptr, len })
     }
+
+    /// Where devices find it, too: addresses are unified.
+    pub fn address(&self) -> u64 {
+        self.ptr as u64
+    }
 }
 
 impl Deref for PinnedBuffer {

@@ -227,16 +227,14 @@ fn recorded_steps_say_the_same_after_buffers_have_grown() {
     assert_eq!(go_on(&mut model, &mut comm, &others, 6), batched);
 }
 
-/// Continuations of `prompts` on ranks that are threads with one GPU, whose experts the scheduler moves between slots; and the
-/// bytes that it moved.
-fn go_on_in_slots(
+/// What `rank_main` makes of its rank's model, on ranks that are threads with one GPU, by rank.
+fn on_ranks<R: Send>(
     weights: &Arc<InferenceWeights>,
-    scheduler: ExpertSchedulerSettings,
-    forecast: &Forecast,
+    dtype: DType,
+    options: &ExpertOptions,
     ranks: usize,
-    prompts: &[Vec<u32>],
-    steps: usize,
-) -> (Vec<Vec<u32>>, u64) {
+    rank_main: impl Fn(&mut CudaInferenceModel, &mut Comm) -> R + Sync,
+) -> Vec<R> {
     let local = LocalConfig {
         ranks,
         groups: vec![(0..ranks).collect()],
@@ -248,21 +246,85 @@ fn go_on_in_slots(
     let (_job, comms) = LocalJob::start(local, rules).unwrap();
     let shared = SharedExperts::default();
     let rank_main = |mut comm: Comm| {
-        let (rank, route) = (comm.rank(), RowRoute::Hosts);
-        let place = DeviceRank { rank, ranks, route, dtype: DType::F32 };
-        let options = ExpertOptions { scheduler, forecast: forecast.clone(), planning_flops: 0, verify_every: Some(3) };
-        let gpu = Gpu::open(0).unwrap();
-        let mut model = CudaInferenceModel::new(gpu, place, weights.clone(), LIMITS, options, &shared).unwrap();
-        let own: Vec<Vec<u32>> = prompts.iter().skip(rank).step_by(ranks).cloned().collect();
-        let answers = go_on(&mut model, &mut comm, &own, steps);
-        (answers, model.take_stats().total(|layer| layer.moved_bytes))
+        let place = DeviceRank { rank: comm.rank(), ranks, route: RowRoute::Hosts, dtype };
+        let (gpu, weights) = (Gpu::open(0).unwrap(), weights.clone());
+        let mut model = CudaInferenceModel::new(gpu, place, weights, LIMITS, options.clone(), &shared).unwrap();
+        rank_main(&mut model, &mut comm)
     };
-    let results: Vec<_> = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let threads: Vec<_> = comms.into_iter().map(|comm| scope.spawn(|| rank_main(comm))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Continuations of `prompts` on ranks whose experts the scheduler moves between slots; and the bytes that it moved.
+fn go_on_in_slots(
+    weights: &Arc<InferenceWeights>,
+    scheduler: ExpertSchedulerSettings,
+    forecast: &Forecast,
+    ranks: usize,
+    prompts: &[Vec<u32>],
+    steps: usize,
+) -> (Vec<Vec<u32>>, u64) {
+    let options = ExpertOptions { scheduler, forecast: forecast.clone(), planning_flops: 0, verify_every: Some(3) };
+    let results = on_ranks(weights, DType::F32, &options, ranks, |model, comm| {
+        let own: Vec<Vec<u32>> = prompts.iter().skip(comm.rank()).step_by(ranks).cloned().collect();
+        let answers = go_on(model, comm, &own, steps);
+        (answers, model.take_stats().total(|layer| layer.moved_bytes))
     });
     let answers = (0..prompts.len()).map(|number| results[number % ranks].0[number / ranks].clone()).collect();
     (answers, results[0].1)
+}
+
+#[test]
+fn few_tokens_have_the_same_bits_on_any_number_of_ranks() {
+    const SEQUENCES: u32 = 5;
+    let sizes = Sizes { vocab: 64, hidden: 256, layers: 2, heads: 4, experts: 8, top_k: 2, expert_hidden: 192 };
+    let config = ModelConfig { kv_heads: 2, ..ModelConfig::family(ModelKind::Qwen3Moe, sizes) };
+    let weights = Arc::new(InferenceWeights::initial(config, 7));
+    let (config, vocab) = (weights.config(), sizes.vocab);
+    // A prompt, then single tokens.
+    let fed = |id: u32, step: usize| -> Vec<u32> {
+        let text = prompt(config, 12);
+        if step == 0 { text[..3 + id as usize].to_vec() } else { vec![text[step + id as usize]] }
+    };
+    for dtype in [DType::F32, DType::Bf16] {
+        let Some(gpu) = gpu() else { return };
+        // Kernels are compiled once, before ranks would all do so at the same time; the device stays open meanwhile.
+        let mut reference = alone(gpu, &weights, dtype, None);
+        device_logits(&mut reference, &[9]);
+        let mut first = None;
+        for ranks in [1, 2, 3] {
+            let options = ExpertOptions {
+                scheduler: ExpertSchedulerSettings {
+                    slots: config.experts.div_ceil(ranks),
+                    ..ExpertOptions::fixed(config).scheduler
+                },
+                ..ExpertOptions::fixed(config)
+            };
+            let logits = on_ranks(&weights, dtype, &options, ranks, |model, comm| {
+                let mine = || (comm.rank() as u32..SEQUENCES).step_by(ranks);
+                mine().for_each(|id| model.cache().admit(id, 1));
+                let mut logits: Vec<(u32, Vec<f32>)> = Vec::new();
+                let sequences: Vec<u32> = mine().collect();
+                for step in 0..4 {
+                    let texts: Vec<Vec<u32>> = sequences.iter().map(|&id| fed(id, step)).collect();
+                    let feed = |(&id, tokens)| SequenceFeed { id, tokens, logits: LogitsOf::Last };
+                    let feeds: Vec<_> = sequences.iter().zip(texts.iter().map(Vec::as_slice)).map(feed).collect();
+                    comm.begin_evaluation(step as u64).unwrap();
+                    model.forward(comm, InferenceBatch { feeds: &feeds, ..InferenceBatch::default() }).unwrap();
+                    comm.end_step();
+                    logits
+                        .extend(sequences.iter().copied().zip(model.logits().chunks_exact(vocab).map(<[f32]>::to_vec)));
+                }
+                logits
+            });
+            let mut all: Vec<(u32, Vec<f32>)> = logits.into_iter().flatten().collect();
+            // A stable order: each sequence's steps stay one after another.
+            all.sort_by_key(|(id, _)| *id);
+            assert!(*first.get_or_insert_with(|| all.clone()) == all, "{dtype:?} on {ranks} ranks");
+        }
+    }
 }
 
 #[test]

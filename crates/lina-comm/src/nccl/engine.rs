@@ -8,11 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lina_cuda::cudarc::driver::result::memcpy_dtod_async;
-use lina_cuda::{Buffer, CudaError, DType, Device, Event, Priority, Stream};
+use lina_cuda::{Buffer, CudaError, DType, Device, Event, PinnedBuffer, Priority, Stream};
 
 use super::NcclConfig;
 use super::library::{Communicator, Nccl, PATIENCE, State, UniqueId};
-use super::staging::{Stage, write};
 use super::star::Star;
 use super::start::Started;
 use super::sums::{OrderedSums, Sums};
@@ -67,19 +66,19 @@ enum Task {
     Exchange {
         index: u32,
         exchange: DeviceExchange,
-        times: Stage,
+        times: PinnedBuffer,
     },
     /// With a stage for the pieces, each behind its sender's launch time. Bytes from `received` on have come.
     HostExchange {
         index: u32,
         exchange: Exchange,
-        stage: Stage,
+        stage: PinnedBuffer,
         received: usize,
     },
     Reduction(Reduction),
     /// A small sum, of which every rank's `bytes` bytes come into the stage, by rank.
     Control {
-        stage: Stage,
+        stage: PinnedBuffer,
         bytes: usize,
     },
 }
@@ -88,8 +87,8 @@ enum Task {
 struct Lane {
     stream: Stream,
     under_way: VecDeque<UnderWay>,
-    /// Spare ones, whose copies are in the order of this stream.
-    stages: Vec<Stage>,
+    /// Spare host memory that the device reads and writes by itself: for what is the host's and small.
+    stages: Vec<PinnedBuffer>,
 }
 
 impl Lane {
@@ -100,17 +99,17 @@ impl Lane {
     }
 
     /// A stage for at least `bytes` bytes.
-    fn stage(&mut self, bytes: usize) -> Result<Stage, CudaError> {
-        let fitting = (0..self.stages.len()).filter(|&i| self.stages[i].capacity() >= bytes);
-        match fitting.min_by_key(|&i| self.stages[i].capacity()) {
+    fn stage(&mut self, bytes: usize) -> Result<PinnedBuffer, CudaError> {
+        let fitting = (0..self.stages.len()).filter(|&i| self.stages[i].len() >= bytes);
+        match fitting.min_by_key(|&i| self.stages[i].len()) {
             Some(smallest) => Ok(self.stages.swap_remove(smallest)),
-            None => Stage::new(&self.stream, room(bytes)),
+            None => PinnedBuffer::zeros(self.stream.device(), room(bytes)),
         }
     }
 
     /// Takes back a stage whose operation has run.
-    fn spare(&mut self, stage: Stage) {
-        if stage.capacity() <= LARGEST_SPARE {
+    fn spare(&mut self, stage: PinnedBuffer) {
+        if stage.len() <= LARGEST_SPARE {
             self.stages.push(stage);
         }
     }
@@ -332,7 +331,7 @@ impl NcclEngine {
         let task = match operation {
             Operation::AllToAll { index, exchange: AnyExchange::Device(exchange), .. } => {
                 let mut times = self.lanes[channel as usize].stage((1 + self.ranks) * LAUNCH_TIME)?;
-                times.host[..LAUNCH_TIME].copy_from_slice(&self.now().to_le_bytes());
+                times[..LAUNCH_TIME].copy_from_slice(&self.now().to_le_bytes());
                 Task::Exchange { index, exchange, times }
             }
             Operation::AllToAll { index, exchange: AnyExchange::Host(exchange), .. } => {
@@ -347,9 +346,7 @@ impl NcclEngine {
         let stream = &self.lanes[channel as usize].stream;
         match task {
             Task::Exchange { exchange, times, .. } => {
-                // SAFETY: the stage is in its lane's queue until all of it has run.
-                unsafe { times.upload(0, LAUNCH_TIME) }?;
-                let (from, received) = (times.address(0), times.address(LAUNCH_TIME));
+                let (from, received) = (times.address(), times.address() + LAUNCH_TIME as u64);
                 let mut send = vec![(0, LAUNCH_TIME); self.ranks];
                 let mut recv = places(&vec![LAUNCH_TIME; self.ranks]);
                 // It knows its own.
@@ -368,14 +365,11 @@ impl NcclEngine {
                 self.exchange_pieces(&[launches, data], stream)
             }
             Task::HostExchange { exchange, stage, received, .. } => {
-                // SAFETY: the stage is in its lane's queue until all of it has run.
-                unsafe { stage.upload(0, *received) }?;
-                let pieces = Pieces {
-                    from: stage.address(0),
-                    to: stage.address(*received),
-                    send: places(&staged_sizes(&exchange.send_elements)),
-                    recv: places(&staged_sizes(&exchange.recv_elements)),
-                };
+                let mut send = places(&staged_sizes(&exchange.send_elements));
+                let mut recv = places(&staged_sizes(&exchange.recv_elements));
+                // Its own piece is there already.
+                (send[self.rank].1, recv[self.rank].1) = (0, 0);
+                let pieces = Pieces { from: stage.address(), to: stage.address() + *received as u64, send, recv };
                 self.exchange_pieces(&[pieces], stream)
             }
             Task::Reduction(reduction) => {
@@ -389,12 +383,9 @@ impl NcclEngine {
                 unsafe { self.sums.enqueue(communicator, &pieces, stream, settled) }
             }
             Task::Control { stage, bytes } => {
-                let mine = self.rank * bytes;
-                // SAFETY: the stage is in its lane's queue until all of it has run.
-                unsafe { stage.upload(mine, mine + bytes) }?;
                 let Some(communicator) = &self.control else { return Ok(()) };
-                // SAFETY: as above.
-                communicator.group(|| unsafe { communicator.gather(stage.address(0), *bytes, stream.raw()) })
+                // SAFETY: the stage is in its lane's queue until all of it has run.
+                communicator.group(|| unsafe { communicator.gather(stage.address(), *bytes, stream.raw()) })
             }
         }
     }
@@ -403,9 +394,7 @@ impl NcclEngine {
     fn exchange_pieces(&self, sets: &[Pieces], stream: &Stream) -> Result<(), Fault> {
         for Pieces { from, to, send, recv } in sets {
             let ((own_from, own), (own_to, own_received)) = (send[self.rank], recv[self.rank]);
-            if own != own_received {
-                return Err(Fault(format!("it sends itself {own} bytes and expects {own_received}")));
-            }
+            let own = own_bytes(own, own_received)?;
             if own > 0 {
                 // SAFETY: the pieces are within buffers that stay in their lane's queue until all of it has run.
                 unsafe { memcpy_dtod_async(to + own_to, from + own_from, own, stream.raw()) }
@@ -429,19 +418,22 @@ impl NcclEngine {
     }
 
     fn staged_exchange(&mut self, index: u32, exchange: Exchange) -> Result<Task, Fault> {
-        let sent: usize = staged_sizes(&exchange.send_elements).iter().sum();
-        let coming: usize = staged_sizes(&exchange.recv_elements).iter().sum();
-        // Received bytes begin where a copy's alignment wants them.
+        let [sizes, coming] = [&exchange.send_elements, &exchange.recv_elements].map(|elements| staged_sizes(elements));
+        let sent: usize = sizes.iter().sum();
+        // Received bytes begin where devices like to write.
         let received = sent.next_multiple_of(16);
         let now = self.now().to_le_bytes();
-        let mut stage = self.lanes[Channel::AllToAll as usize].stage(received + coming)?;
-        let (mut place, mut values) = (&mut stage.host[..sent], exchange.send.iter());
-        for &elements in &exchange.send_elements {
-            let (piece, rest) = place.split_at_mut(LAUNCH_TIME + elements * size_of::<f32>());
+        let mut stage = self.lanes[Channel::AllToAll as usize].stage(received + coming.iter().sum::<usize>())?;
+        let (mut place, mut values) = (&mut stage[..sent], exchange.send.iter());
+        for (&elements, &bytes) in exchange.send_elements.iter().zip(&sizes) {
+            let (piece, rest) = place.split_at_mut(bytes);
             piece[..LAUNCH_TIME].copy_from_slice(&now);
             write(&mut piece[LAUNCH_TIME..], values.by_ref().take(elements).map(|value| value.to_le_bytes()));
             place = rest;
         }
+        let own = own_bytes(sizes[self.rank], coming[self.rank])?;
+        let [from, to] = [sizes, coming].map(|sizes| sizes[..self.rank].iter().sum::<usize>());
+        stage.copy_within(from..from + own, received + to);
         Ok(Task::HostExchange { index, exchange, stage, received })
     }
 
@@ -449,31 +441,15 @@ impl NcclEngine {
         let bytes = size_of_val(values);
         let mut stage = self.lanes[Channel::Control as usize].stage(self.ranks * bytes)?;
         let mine = self.rank * bytes;
-        write(&mut stage.host[mine..mine + bytes], values.iter().map(|value| value.to_le_bytes()));
+        write(&mut stage[mine..mine + bytes], values.iter().map(|value| value.to_le_bytes()));
         Ok(Task::Control { stage, bytes })
     }
 
-    /// The channel's newest operation has been enqueued: what comes behind it.
+    /// The channel's newest operation has been enqueued: an event comes behind it.
     fn launched(&mut self, channel: Channel) -> Result<(), Fault> {
         let event = self.events.pop().map_or_else(|| Event::new(&self.device), Ok)?;
         let Lane { stream, under_way, .. } = &mut self.lanes[channel as usize];
         let Some(operation) = under_way.back_mut() else { return Ok(()) };
-        match &mut operation.task {
-            Task::Exchange { times, .. } => {
-                // SAFETY: the stage is in its lane's queue until all of it has run.
-                unsafe { times.download(LAUNCH_TIME, (1 + self.ranks) * LAUNCH_TIME) }?;
-            }
-            Task::HostExchange { exchange, stage, received, .. } => {
-                let end = *received + staged_sizes(&exchange.recv_elements).iter().sum::<usize>();
-                // SAFETY: as above.
-                unsafe { stage.download(*received, end) }?;
-            }
-            Task::Control { stage, bytes } => {
-                // SAFETY: as above.
-                unsafe { stage.download(0, self.ranks * *bytes) }?;
-            }
-            Task::Reduction(_) => {}
-        }
         event.record(stream)?;
         operation.done = Some(event);
         Ok(())
@@ -520,14 +496,14 @@ impl NcclEngine {
         };
         let finished = match task {
             Task::Exchange { index, exchange, times } => {
-                let others = times.host[LAUNCH_TIME..].chunks_exact(LAUNCH_TIME).take(self.ranks);
+                let others = times[LAUNCH_TIME..].chunks_exact(LAUNCH_TIME).take(self.ranks);
                 others.enumerate().for_each(|(rank, bytes)| note(rank, bytes));
                 lane.spare(times);
                 Finished::AllToAll { index, exchange: AnyExchange::Device(exchange) }
             }
             Task::HostExchange { index, mut exchange, stage, received } => {
                 let mut recv = exchange.recv.iter_mut();
-                let mut come = &stage.host[received..];
+                let mut come = &stage[received..];
                 for (rank, &elements) in exchange.recv_elements.iter().enumerate() {
                     let (piece, rest) = come.split_at(LAUNCH_TIME + elements * size_of::<f32>());
                     note(rank, piece);
@@ -540,7 +516,7 @@ impl NcclEngine {
             }
             Task::Reduction(reduction) => Finished::AllReduce(reduction),
             Task::Control { stage, bytes } => {
-                let (words, _) = stage.host[..self.ranks * bytes].as_chunks::<8>();
+                let (words, _) = stage[..self.ranks * bytes].as_chunks::<8>();
                 let values: Vec<f64> = words.iter().map(|word| f64::from_le_bytes(*word)).collect();
                 self.lanes[Channel::Control as usize].spare(stage);
                 let count = bytes / size_of::<f64>();
@@ -658,6 +634,19 @@ fn connect(
 fn group<'a>(members: &[Vec<usize>], groups: &'a [Slot], reduction: &Reduction) -> Option<&'a Communicator> {
     let members = &members[reduction.group.0 as usize];
     groups.iter().find(|(set, _)| set == members)?.1.as_ref()
+}
+
+/// The size of what a rank sends itself.
+fn own_bytes(sent: usize, received: usize) -> Result<usize, Fault> {
+    if sent == received {
+        return Ok(sent);
+    }
+    Err(Fault(format!("it sends itself {sent} bytes and expects {received}")))
+}
+
+/// Writes values one after another.
+fn write<const N: usize>(bytes: &mut [u8], values: impl Iterator<Item = [u8; N]>) {
+    bytes.chunks_exact_mut(N).zip(values).for_each(|(place, value)| place.copy_from_slice(&value));
 }
 
 /// Sets of more than one rank, each once.

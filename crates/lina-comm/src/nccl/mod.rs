@@ -3,7 +3,8 @@
 //! Ranks learn from their launcher which they are (`launcher`), meet over TCP (`star`, `start`) and watch each other as
 //! those of engine `mpi` do (`processes`). NCCL's library is loaded when the engine starts (`library`), so a build needs
 //! none. Each class of operation has a stream of its own, ahead of the computation's, and communicators of its own:
-//! all-to-alls, closing sums, and allreduces one for each set of ranks. Host memory goes through the device (`staging`).
+//! all-to-alls, closing sums, and allreduces one for each set of ranks. What is the host's, devices read and write in
+//! page-locked memory.
 //!
 //! The communication thread launches operations in the order in which the brain decides, which is the same on all ranks, and
 //! only what has its data (see `threaded`): nothing is enqueued behind an event that has not happened, so devices never wait
@@ -20,7 +21,6 @@
 mod engine;
 mod launcher;
 mod library;
-mod staging;
 mod star;
 mod start;
 mod sums;

@@ -1,5 +1,6 @@
-//! The experts of a step of few tokens on a job's only rank: where rows go need not be settled with anybody, so the choices stay on
-//! the device. The host waits in no layer, and the launches of a step are those of the step before.
+//! The experts of few rows, which reading their weights bounds. In a step of few tokens on a job's only rank, where rows go need not
+//! be settled with anybody, so the choices stay on the device: the host waits in no layer, and the launches of a step are those of
+//! the step before.
 
 use lina_comm::WorkKind;
 use lina_cuda::{
@@ -15,11 +16,26 @@ use crate::experts::ExpertShape;
 use crate::ffn::two_matrix;
 use crate::pass::product_flops;
 
+/// Runs rows of `x` through the experts that they have chosen: `units` (`[choices, inner]`) is in between, `rows`
+/// (`[choices, hidden]`) gets the results, in the order of the choices.
+pub(super) fn run(
+    experts: &Experts<'_>,
+    chosen: &ChosenExperts<'_>,
+    x: Slice<'_>,
+    mut units: SliceMut<'_>,
+    rows: SliceMut<'_>,
+) -> Result<(), CudaError> {
+    let (gpu, choices) = (experts.gpu, chosen.index.len());
+    let activation = two_matrix(experts.shape.kind).map_or(FewActivation::Swiglu, FewActivation::Plain);
+    let mut units = units.slice_mut(0..choices * experts.shape.inner);
+    cuda::few_projected(gpu, chosen, activation, x, experts.input_rows(), units.reborrow())?;
+    cuda::few_rows(gpu, chosen, units.as_slice(), experts.down_rows(), rows)
+}
+
 /// What all layers use in turn; these buffers never move.
 #[derive(Debug)]
 pub(super) struct FewExperts {
     shape: ExpertShape,
-    activation: FewActivation,
     max_tokens: usize,
     /// `[layers, experts]`, u32: the slot of each expert.
     slots: DeviceBuffer,
@@ -48,7 +64,6 @@ impl FewExperts {
         let shape = ExpertShape::new(config);
         let choices = max_tokens * config.top_k;
         Ok(FewExperts {
-            activation: two_matrix(shape.kind).map_or(FewActivation::Swiglu, FewActivation::Plain),
             max_tokens,
             slots: gpu.buffer_from(&slots, DType::U32)?,
             choices: gpu.uninit(layers * choices, DType::U32)?,
@@ -97,13 +112,9 @@ impl FewExperts {
             slots: self.slots.slice(number * config.experts..(number + 1) * config.experts),
         };
         let experts = Experts { gpu, shape: self.shape, weights };
-        let normed = gate.normed(step.tokens);
-        let units = 0..choices * self.shape.inner;
         let rows = 0..choices * hidden;
-        let projected = self.units.slice_mut(units.clone());
-        cuda::few_projected(gpu, &chosen, self.activation, normed, experts.input_rows(), projected)?;
         let outputs = self.rows.slice_mut(rows.clone());
-        cuda::few_rows(gpu, &chosen, self.units.slice(units), experts.down_rows(), outputs)?;
+        run(&experts, &chosen, gate.normed(step.tokens), self.units.whole_mut(), outputs)?;
         step.work(WorkKind::Permute, Some(layer), 0)?;
         let positions = self.positions.slice(0..choices);
         cuda::combine_rows(gpu, self.rows.slice(rows), hidden, positions, gate.weights(choices), x, y)?;

@@ -185,7 +185,7 @@ impl CudaInferenceModel {
             attention: Attention::new(&gpu, config, dtype, max_tokens)?,
             norm: Norm::new(&gpu, config, dtype, max_tokens)?,
             ffn: DenseFfn::new(&gpu, config, dtype, max_tokens)?,
-            moe: Moe::new(&gpu, config, dtype, max_tokens, route, asks_next_gate)?,
+            moe: Moe::new(&gpu, config, dtype, max_tokens, settings.slots, route, asks_next_gate)?,
             few,
             choices: Vec::new(),
             recordings: Recordings::default(),
@@ -380,19 +380,19 @@ impl CudaInferenceModel {
         Ok(())
     }
 
-    /// Enqueues a step, up to its logits; with `few`, nothing of it waits for the device, but for tokens that are verified.
+    /// Enqueues a step, up to its logits; with `alone`, nothing of it waits for the device, but for tokens that are verified.
     fn enqueue(
         &mut self,
         comm: &mut Comm,
         batch: &InferenceBatch<'_>,
         visible_pairs: u64,
-        few: bool,
+        alone: bool,
     ) -> Result<(), StepError> {
         let tokens = self.batch.tokens();
         let CudaInferenceModel { gpu, dtype, weights, dense, moe, director, norm, pages, rotary, paged, .. } = self;
         let (config, layout) = (weights.config(), weights.layout());
         let gpu = &*gpu;
-        let mut step = Step { gpu, dtype: *dtype, config, layout, dense, tokens, few, comm };
+        let mut step = Step { gpu, dtype: *dtype, config, layout, dense, tokens, comm };
         let elements = tokens * config.hidden;
         step.work(WorkKind::Embedding, None, 0)?;
         let positions = self.numbers_on_device.slice(tokens..2 * tokens);
@@ -418,7 +418,7 @@ impl CudaInferenceModel {
             let verify = self.verify.as_ref().map(|(every, compute)| (*every, compute, &**weights));
             let place = MoeLayer { layer, number, gate: &self.gate, token_offset: batch.token_offset, verify };
             match &mut self.few {
-                Some(experts) if few => {
+                Some(experts) if alone => {
                     let weights = director.copies.layer(number);
                     experts.forward(&mut step, moe.gate(), (layer, number), weights, x, y)?;
                     if verify.is_some() {
@@ -436,16 +436,16 @@ impl CudaInferenceModel {
             }
             number += 1;
         }
-        self.head(comm, few)
+        self.head(comm)
     }
 
     /// Enqueues the logits of the wanted rows.
-    fn head(&mut self, comm: &mut Comm, few: bool) -> Result<(), StepError> {
+    fn head(&mut self, comm: &mut Comm) -> Result<(), StepError> {
         let CudaInferenceModel { gpu, dtype, weights, dense, norm, last, logits, .. } = self;
         let (config, layout, tokens) = (weights.config(), weights.layout(), self.batch.tokens());
         let (rows, hidden, vocab) = (self.wanted.len(), config.hidden, config.vocab);
         let gpu = &*gpu;
-        let mut step = Step { gpu, dtype: *dtype, config, layout, dense, tokens, few, comm };
+        let mut step = Step { gpu, dtype: *dtype, config, layout, dense, tokens, comm };
         step.work(WorkKind::Head, None, product_flops(rows, vocab, hidden))?;
         let mut x = self.x.slice(0..tokens * hidden);
         // Rows are wanted in order: as many as there are tokens are all of them.

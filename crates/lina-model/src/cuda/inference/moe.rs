@@ -2,12 +2,13 @@
 //! the host, which decides with the brain where rows go, and tells the device.
 
 use lina_comm::{Comm, Leg, WorkKind};
-use lina_cuda::{self as cuda, Buffer as DeviceBuffer, CudaError, DType, Gpu, Slice, SliceMut};
+use lina_cuda::{self as cuda, Buffer as DeviceBuffer, ChosenExperts, CudaError, DType, Gpu, Slice, SliceMut};
 use lina_kernels::Compute;
 use lina_plan::TokenShares;
 
 use super::exchange::{RowExchanges, RowRoute};
 use super::experts::DeviceExperts;
+use super::few;
 use super::gate::GateScratch;
 use super::step::Step;
 use crate::batch::StepError;
@@ -44,9 +45,11 @@ pub(super) struct Moe {
     /// `[experts]` of this rank, then `[ranks, experts]` of all.
     counts: Vec<u32>,
     assigned: Vec<u32>,
-    /// Where rows go: positions, tokens of the rows sent, blocks of what arrives.
+    /// Where rows go: positions, tokens of the rows sent, and blocks of what arrives or, of few rows, their slots.
     places: Vec<u32>,
     places_on_device: DeviceBuffer,
+    /// 0, 1, 2 ...: rows name slots, not experts.
+    slots: DeviceBuffer,
     /// `[rows, hidden]`, `[rows, input width]`, `[rows, inner]`, `[rows sent, hidden]`.
     inputs: DeviceBuffer,
     projected: DeviceBuffer,
@@ -68,12 +71,13 @@ pub(super) struct MoeLayer<'a> {
 }
 
 impl Moe {
-    /// With room for the next layer's gate if it will be asked.
+    /// For layers with `slots` slots on this rank; with room for the next layer's gate if it will be asked.
     pub fn new(
         gpu: &Gpu,
         config: &ModelConfig,
         dtype: DType,
         max_tokens: usize,
+        slots: usize,
         route: RowRoute,
         asks_next_gate: bool,
     ) -> Result<Self, CudaError> {
@@ -91,6 +95,7 @@ impl Moe {
             assigned: Vec::new(),
             places: Vec::new(),
             places_on_device: gpu.uninit(0, DType::U32)?,
+            slots: gpu.buffer_from(&(0..slots as u32).collect::<Vec<_>>(), DType::U32)?,
             inputs: rows()?,
             projected: rows()?,
             units: rows()?,
@@ -209,9 +214,13 @@ impl Moe {
         self.places.clear();
         self.places.extend_from_slice(&self.plan.position);
         self.places.extend_from_slice(&self.plan.token_of_row);
-        if step.comm.ranks() > 1 {
+        let blocks = &self.plan.chunk.blocks;
+        if self.few_arrive() {
+            self.places
+                .extend(blocks.iter().flat_map(|block| std::iter::repeat_n(block.slot as u32, block.rows.len())));
+        } else if step.comm.ranks() > 1 {
             let mut arrived = 0;
-            for block in &self.plan.chunk.blocks {
+            for block in blocks {
                 let rows = block.rows.len() as u32;
                 self.places.extend([arrived, block.rows.start as u32, rows]);
                 arrived += rows;
@@ -219,6 +228,11 @@ impl Moe {
         }
         step.gpu.grow(&mut self.places_on_device, self.places.len())?;
         step.gpu.upload(&self.places, self.places_on_device.slice_mut(0..self.places.len()))
+    }
+
+    /// Whether the rows that arrive from all ranks are few.
+    fn few_arrive(&self) -> bool {
+        self.plan.rows() <= cuda::MAX_FEW_TOKENS
     }
 
     fn experts_here(
@@ -235,9 +249,14 @@ impl Moe {
         cuda::gather_rows(gpu, self.gate.normed(step.tokens), hidden, token_of_row, inputs)?;
         step.work(WorkKind::ExpertFfn, Some(layer.layer), self.shape.flops(rows))?;
         gpu.grow(&mut self.returned, rows * hidden)?;
-        let Moe { shape, plan, inputs, projected, units, returned, .. } = self;
-        let network = Network { gpu, shape: *shape, chunk: &plan.chunk, inputs: inputs.whole() };
-        network.run(director, layer.number, projected.whole_mut(), units.whole_mut(), returned.whole_mut())
+        let few = self.few_arrive();
+        let Moe { shape, plan, places, places_on_device, slots, inputs, projected, units, returned, .. } = self;
+        let index = places_on_device.slice(choices + rows..places.len());
+        let chosen = few.then(|| ChosenExperts { index, top_k: 1, slots: slots.whole() });
+        let network = Network { gpu, shape: *shape, chunk: &plan.chunk, chosen };
+        let scratch = [projected.whole_mut(), units.whole_mut()];
+        let inputs = inputs.slice(0..rows * hidden);
+        network.run(director, layer.number, inputs, scratch, returned.slice_mut(0..rows * hidden))
     }
 
     fn experts_exchanged(
@@ -259,20 +278,29 @@ impl Moe {
         // While the tokens travel: where the next layer's experts will be, and the copies that bring them there.
         director.prepare_next(step.comm, layer.number)?;
 
-        let exchange = self.exchanges.finish(step.comm, gpu, travelling)?;
-        step.work(WorkKind::Permute, Some(layer.layer), 0)?;
-        let blocks = self.places_on_device.slice(choices + sent..self.places.len());
-        let arrived = exchange.recv.slice(0..rows * hidden);
-        cuda::copy_blocks(gpu, blocks, rows, hidden, arrived, self.inputs.slice_mut(0..rows * hidden))?;
-        self.exchanges.put(exchange);
+        let dispatched = self.exchanges.finish(step.comm, gpu, travelling)?;
+        let (places, arrived) = (choices + sent..self.places.len(), dispatched.recv.slice(0..rows * hidden));
+        let few = self.few_arrive();
+        if !few {
+            step.work(WorkKind::Permute, Some(layer.layer), 0)?;
+            let (blocks, inputs) =
+                (self.places_on_device.slice(places.clone()), self.inputs.slice_mut(0..rows * hidden));
+            cuda::copy_blocks(gpu, blocks, rows, hidden, arrived, inputs)?;
+        }
         director.wait_for_experts(step.comm, layer.number)?;
         step.work(WorkKind::ExpertFfn, Some(layer.layer), self.shape.flops(rows))?;
         let chunk = &self.plan.chunk;
         let combine = kind(Leg::Combine, layer.layer);
         let mut exchange = self.exchanges.take(gpu, combine, hidden, &chunk.recv_rows, &chunk.send_rows)?;
-        let network = Network { gpu, shape: self.shape, chunk, inputs: self.inputs.whole() };
-        let (projected, units) = (self.projected.whole_mut(), self.units.whole_mut());
-        network.run(director, layer.number, projected, units, exchange.send.whole_mut())?;
+        let chosen = few.then(|| {
+            let index = self.places_on_device.slice(places);
+            ChosenExperts { index, top_k: 1, slots: self.slots.whole() }
+        });
+        let network = Network { gpu, shape: self.shape, chunk, chosen };
+        let inputs = if few { arrived } else { self.inputs.slice(0..rows * hidden) };
+        let scratch = [self.projected.whole_mut(), self.units.whole_mut()];
+        network.run(director, layer.number, inputs, scratch, exchange.send.slice_mut(0..rows * hidden))?;
+        self.exchanges.put(dispatched);
         let travelling = self.exchanges.begin(step.comm, gpu, exchange)?;
         let mut exchange = self.exchanges.finish(step.comm, gpu, travelling)?;
         std::mem::swap(&mut exchange.recv, &mut self.returned);
@@ -311,24 +339,29 @@ struct Network<'a> {
     gpu: &'a Gpu,
     shape: ExpertShape,
     chunk: &'a ChunkPlan,
-    inputs: Slice<'a>,
+    /// The rows' slots, where rows are few.
+    chosen: Option<ChosenExperts<'a>>,
 }
 
 impl Network<'_> {
-    /// Runs the rows through the experts in their slots; `outputs` gets the results in the order of the chunk's blocks.
+    /// Runs the rows through the experts in their slots; `inputs` are in the order of experts or, if they are few, of the
+    /// chunk's blocks, in which `outputs` gets the results. In between are `[projected, units]`.
     fn run(
         &self,
         director: &mut ExpertDirector<DeviceExperts>,
         number: usize,
-        projected: SliceMut<'_>,
-        units: SliceMut<'_>,
+        inputs: Slice<'_>,
+        [projected, units]: [SliceMut<'_>; 2],
         outputs: SliceMut<'_>,
     ) -> Result<(), StepError> {
-        let &Network { gpu, shape, chunk, inputs } = self;
+        let &Network { gpu, shape, chunk, .. } = self;
         let complete = chunk.runs.iter().all(|run| director.copies.serves(number, run.slot));
         assert!(complete, "rows go to experts whose slots are complete");
         let experts = Experts { gpu, shape, weights: director.copies.layer(number) };
-        experts.forward(chunk, inputs, projected, units, outputs)?;
+        match &self.chosen {
+            Some(chosen) => few::run(&experts, chosen, inputs, units, outputs)?,
+            None => experts.forward(chunk, inputs, projected, units, outputs)?,
+        }
         Ok(director.copies.used(number)?)
     }
 }

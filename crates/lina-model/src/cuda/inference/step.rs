@@ -1,7 +1,7 @@
 //! What sub-layers share while a step on a device is under way, and the norm that most of them begin with.
 
 use lina_comm::{Comm, CommError, Work, WorkKind};
-use lina_cuda::{Addend, CudaError, DType, Gpu, Mat, MatMut, Slice, SliceMut, few_matmul, matmul};
+use lina_cuda::{Addend, CudaError, DType, Gpu, MAX_FEW_TOKENS, Mat, MatMut, Slice, SliceMut, few_matmul, matmul};
 
 use super::weights::DenseWeights;
 use crate::config::ModelConfig;
@@ -17,8 +17,6 @@ pub(super) struct Step<'a> {
     pub dense: &'a DenseWeights,
     /// Local tokens.
     pub tokens: usize,
-    /// They are few, and their products those of [`few_matmul`].
-    pub few: bool,
     pub comm: &'a mut Comm,
 }
 
@@ -38,10 +36,11 @@ impl Step<'_> {
         [n, k]: [usize; 2],
         addend: Option<Slice<'_>>,
     ) -> Result<(), CudaError> {
-        if self.few {
+        let rows = x.len() / k;
+        // Of the step, not of these rows: a token's logits have the same bits whether or not others' are wanted.
+        if self.tokens <= MAX_FEW_TOKENS {
             return few_matmul(self.gpu, x, weight, [n, k], addend, y);
         }
-        let rows = x.len() / k;
         let addend = addend.map_or(Addend::None, |addend| Addend::Add(Mat::new(addend, rows, n)));
         matmul(self.gpu, MatMut::new(y, rows, n), Mat::new(x, rows, k), Mat::new(weight, n, k).t(), addend)
     }
