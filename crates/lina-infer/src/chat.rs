@@ -75,6 +75,8 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(InferError::input)?);
         environment.set_fuel(Some(MAX_INSTRUCTIONS));
+        // Errors name what is undefined, in builds for use too.
+        environment.set_debug(true);
         environment.set_unknown_method_callback(unknown_method_callback);
         environment.set_formatter(format_as_python);
         environment.add_filter("tojson", to_json);
