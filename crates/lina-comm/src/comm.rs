@@ -67,6 +67,10 @@ pub(crate) trait Port: Send {
     fn wait_copies(&mut self, end: Nanos) -> Result<(), CommError>;
     fn submit(&mut self, submission: Submission) -> Result<(), CommError>;
     fn wait_all_to_all(&mut self, index: u32) -> Result<AnyExchange, CommError>;
+    /// Whether the job goes on.
+    fn check(&self) -> Result<(), CommError> {
+        Ok(())
+    }
     /// Waits for every gradient of the step.
     fn wait_gradients(&mut self) -> Result<(), CommError>;
     fn wait_control(&mut self) -> Result<Vec<f64>, CommError>;
@@ -250,11 +254,12 @@ impl Comm {
         Ok(exchange.into_host())
     }
 
-    /// Waits for an all-to-all of device memory and returns its buffers: the received part is complete, whatever is
-    /// enqueued from here on sees it.
+    /// Waits until an all-to-all of device memory is under way and returns its buffers. What is enqueued on the compute stream
+    /// from here on sees the received part complete: the device waits for it, not the host.
     ///
     /// # Errors
-    /// If a rank fails or falls silent.
+    /// If a rank has failed or fallen silent. Where that happens before the all-to-all is complete, it is given up, and what is
+    /// read from the device may be anything: [`check`](Self::check) says so.
     ///
     /// # Panics
     /// If the ticket is of an all-to-all of host memory.
@@ -266,6 +271,14 @@ impl Comm {
             AnyExchange::Device(exchange) => Ok(exchange),
             AnyExchange::Host(exchange) => panic!("{} is of host memory", exchange.kind),
         }
+    }
+
+    /// Whether the job goes on: to be asked before anything is made of what was read from a device behind an all-to-all.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub fn check(&self) -> Result<(), CommError> {
+        self.port.check()
     }
 
     /// Hands over a finished gradient to be summed over its group, in rank order (on engine `nccl`, in an order of NCCL's);

@@ -39,15 +39,28 @@ pub struct DeviceClock {
 
 #[derive(Debug)]
 enum Pending {
-    Work { work: Work, start: Event, end: Event },
-    Wait { awaited: Awaited, start: Nanos, end: Nanos },
+    Work {
+        work: Work,
+        start: Event,
+        end: Event,
+    },
+    Wait {
+        awaited: Awaited,
+        start: Nanos,
+        end: Nanos,
+    },
+    /// The device itself waited for an all-to-all.
+    Hold {
+        start: Event,
+        end: Event,
+    },
 }
 
 /// What is known once it has happened, on the host's clock.
 pub(crate) enum Happened {
     /// Work, from when to when.
     Work(Work, Nanos, Nanos),
-    /// The host waited so long while the device had nothing to do.
+    /// The host or the device waited so long while the device had nothing to do.
     Blocked(Awaited, Nanos),
 }
 
@@ -128,6 +141,17 @@ impl DeviceClock {
         self.pending.push_back(Pending::Wait { awaited, start, end });
     }
 
+    /// What is enqueued from here on happens after `event`.
+    pub(crate) fn hold(&mut self, event: &Event) {
+        self.attempt(|this| {
+            let start = this.pool.record(&this.stream)?;
+            this.stream.wait(event)?;
+            let end = this.pool.record(&this.stream)?;
+            this.pending.push_back(Pending::Hold { start, end });
+            Ok(())
+        });
+    }
+
     /// Copies what comes to lie on the device, behind all that has been enqueued.
     pub(crate) fn copy(&mut self, from: Slice<'_>, to: SliceMut<'_>) {
         self.attempt(|this| copy(&this.stream, from, to));
@@ -155,7 +179,7 @@ impl DeviceClock {
                 this.stream.synchronize()?;
             }
             while let Some(front) = this.pending.front() {
-                if let Pending::Work { end, .. } = front
+                if let Pending::Work { end, .. } | Pending::Hold { end, .. } = front
                     && !end.query()?
                 {
                     break;
@@ -165,6 +189,13 @@ impl DeviceClock {
                         let (from, to) = (this.time(&start)?, this.time(&end)?);
                         this.busy_until = to;
                         each(Happened::Work(work, from, to));
+                        this.pool.give(start);
+                        this.pool.give(end);
+                    }
+                    Some(Pending::Hold { start, end }) => {
+                        let (from, to) = (this.time(&start)?, this.time(&end)?);
+                        this.busy_until = to;
+                        each(Happened::Blocked(Awaited::AllToAll, to.saturating_sub(from)));
                         this.pool.give(start);
                         this.pool.give(end);
                     }

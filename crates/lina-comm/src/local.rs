@@ -320,9 +320,9 @@ impl Collective {
             receives.sort_by_key(|(destination, _)| *destination);
             let exchanges = Arc::into_inner(sends).expect("every part that read the sends is done");
             self.results = (exchanges.into_iter().zip(receives).zip(&self.indices))
-                .map(|((mut exchange, (_, recv)), &index)| {
+                .map(|((mut exchange, (rank, recv)), &index)| {
                     exchange.recv = recv;
-                    Some(Finished::AllToAll { index, exchange: AnyExchange::Host(exchange) })
+                    Some(Finished::all_to_all(index, AnyExchange::Host(exchange), rank))
                 })
                 .collect();
         } else {

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 #[cfg(feature = "nccl")]
-use lina_cuda::{Slice, SliceMut};
+use lina_cuda::{Event, Slice, SliceMut};
 use lina_plan::Nanos;
 
 use crate::copies::{CopyTimes, HostCopy};
@@ -86,6 +86,15 @@ impl ComputeClock {
     #[cfg(feature = "nccl")]
     pub(crate) fn copy(&mut self, from: Slice<'_>, to: SliceMut<'_>) {
         self.device.as_mut().expect("who exchanges device memory has set the device").copy(from, to);
+    }
+
+    /// What is enqueued from here on happens after `event`, for which the device waits as it would for an all-to-all.
+    ///
+    /// # Panics
+    /// If there is no device.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn hold(&mut self, event: &Event) {
+        self.device.as_mut().expect("who exchanges device memory has set the device").hold(event);
     }
 
     /// Takes over what is known to have happened on the device; if `all`, waits for the rest.

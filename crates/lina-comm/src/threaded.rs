@@ -15,7 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use lina_plan::{GapTimings, Launch, Nanos};
+use lina_plan::{AllToAllKind, GapTimings, Launch, Nanos};
 
 use crate::comm::{Port, Submission};
 use crate::copies::{CopyTimes, HostCopy};
@@ -30,12 +30,24 @@ use crate::{CommError, Lane, Span, StepStats, Work};
 
 /// An operation that an engine has finished. Operations of one class finish in the order in which they were started.
 pub(crate) enum Finished {
-    AllToAll { index: u32, exchange: AnyExchange },
+    AllToAll {
+        index: u32,
+        kind: AllToAllKind,
+        sent_bytes: u64,
+        /// None if it has been [handed back](Engine::take_launched) before.
+        exchange: Option<AnyExchange>,
+    },
     AllReduce(Reduction),
     Control(Vec<f64>),
 }
 
 impl Finished {
+    /// An exchange of `rank` that is complete.
+    pub(crate) fn all_to_all(index: u32, exchange: AnyExchange, rank: usize) -> Self {
+        let (kind, sent_bytes) = (exchange.kind(), exchange.sent_bytes(rank));
+        Finished::AllToAll { index, kind, sent_bytes, exchange: Some(exchange) }
+    }
+
     fn channel(&self) -> Channel {
         match self {
             Finished::AllToAll { .. } => Channel::AllToAll,
@@ -43,6 +55,20 @@ impl Finished {
             Finished::Control(_) => Channel::Control,
         }
     }
+}
+
+/// An all-to-all that the compute thread gets back.
+struct Exchanged {
+    index: u32,
+    exchange: AnyExchange,
+    /// When it is complete, if it is not.
+    complete: Option<Box<dyn Awaitable>>,
+}
+
+/// What a device's stream can wait for.
+pub(crate) trait Awaitable: Send {
+    /// What is enqueued on `clock`'s stream from here on happens afterwards.
+    fn hold(&self, clock: &mut ComputeClock);
 }
 
 /// What moves data between ranks. Starts operations without blocking and reports them when they are done.
@@ -56,6 +82,11 @@ pub(crate) trait Engine {
     fn skip(&mut self, channel: Channel);
     /// Makes progress; appends what has finished, with the time since when all members were there.
     fn poll(&mut self, finished: &mut Vec<(Instant, Finished)>) -> Result<(), CommError>;
+    /// Takes the all-to-alls that a device carries out and that the compute thread may have back before they are complete,
+    /// with what its stream waits for: the host need not. Each finishes without its exchange.
+    fn take_launched(&mut self) -> Vec<(u32, AnyExchange, Box<dyn Awaitable>)> {
+        Vec::new()
+    }
     /// How long the communication thread may sleep now that neither a submission nor `poll` had news; zero for a
     /// yield. An engine with long patience pokes the mailbox.
     fn patience(&mut self) -> Duration {
@@ -102,7 +133,7 @@ struct Mail {
     poked: bool,
     closed: bool,
     failing: Option<CommError>,
-    exchanges: VecDeque<(u32, AnyExchange)>,
+    exchanges: VecDeque<Exchanged>,
     gradients_finished: bool,
     control: Option<Vec<f64>>,
     failure: Option<CommError>,
@@ -356,10 +387,19 @@ impl Port for ThreadedPort {
     }
 
     fn wait_all_to_all(&mut self, index: u32) -> Result<AnyExchange, CommError> {
-        self.wait(Awaited::AllToAll, |mail| {
-            let position = mail.exchanges.iter().position(|(done, _)| *done == index)?;
-            mail.exchanges.remove(position).map(|(_, exchange)| exchange)
-        })
+        let Exchanged { exchange, complete, .. } = self.wait(Awaited::AllToAll, |mail| {
+            let position = mail.exchanges.iter().position(|exchanged| exchanged.index == index)?;
+            mail.exchanges.remove(position)
+        })?;
+        if let Some(complete) = complete {
+            complete.hold(&mut self.clock);
+            self.clock.check()?;
+        }
+        Ok(exchange)
+    }
+
+    fn check(&self) -> Result<(), CommError> {
+        self.mailbox.lock().failure.clone().map_or(Ok(()), Err)
     }
 
     fn wait_gradients(&mut self) -> Result<(), CommError> {
@@ -513,6 +553,12 @@ impl<E: Engine> CommThread<E> {
         let mut finished = std::mem::take(&mut self.finished);
         let outcome = self.engine.poll(&mut finished);
         busy |= !finished.is_empty();
+        let launched = self.engine.take_launched();
+        if !launched.is_empty() {
+            busy = true;
+            let exchanged = |(index, exchange, complete)| Exchanged { index, exchange, complete: Some(complete) };
+            self.mailbox.lock().exchanges.extend(launched.into_iter().map(exchanged));
+        }
         let deciding_started = Instant::now();
         for (begin, finished) in finished.drain(..) {
             self.finish(begin, finished);
@@ -600,11 +646,9 @@ impl<E: Engine> CommThread<E> {
         let mut mail = self.mailbox.lock();
         let Mail { stats, spans, recording, exchanges, control, .. } = &mut *mail;
         let (lane, name, layer, part, bytes) = match &finished {
-            Finished::AllToAll { exchange, .. } => {
-                let kind = exchange.kind();
-                let bytes = exchange.sent_bytes(self.config.rank);
-                stats.exchanged(&kind, end - begin, 0, bytes);
-                (Lane::AllToAll, kind.name(), Some(kind.layer), (kind.chunk, kind.chunks), bytes)
+            &Finished::AllToAll { kind, sent_bytes, .. } => {
+                stats.exchanged(&kind, end - begin, 0, sent_bytes);
+                (Lane::AllToAll, kind.name(), Some(kind.layer), (kind.chunk, kind.chunks), sent_bytes)
             }
             Finished::AllReduce(reduction) => {
                 stats.all_reduce += end - begin;
@@ -618,8 +662,8 @@ impl<E: Engine> CommThread<E> {
             spans.push(Span { rank, lane, name, step, layer, part, start: begin, end, bytes });
         }
         match finished {
-            Finished::AllToAll { index, exchange } => {
-                exchanges.push_back((index, exchange));
+            Finished::AllToAll { index, exchange, .. } => {
+                exchanges.extend(exchange.map(|exchange| Exchanged { index, exchange, complete: None }));
                 self.driver.all_to_all_done(end);
             }
             Finished::AllReduce(reduction) => {
@@ -662,7 +706,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(10));
             assert!(!self.panics, "the engine breaks");
             finished.push(match operation {
-                Operation::AllToAll { index, exchange, .. } => (begin, Finished::AllToAll { index, exchange }),
+                Operation::AllToAll { index, exchange, .. } => (begin, Finished::all_to_all(index, exchange, 0)),
                 Operation::AllReduce(reduction) => (begin, Finished::AllReduce(reduction)),
                 Operation::Control(values) => (begin, Finished::Control(values)),
             });
@@ -727,6 +771,78 @@ mod tests {
         assert_eq!(failure.to_string(), "rank 0 failed: its communication panicked: the engine breaks");
         drop(port);
         assert_eq!(*told.lock().unwrap(), Some(failure));
+    }
+
+    /// Gives exchanges back as soon as they are launched, and finishes them when it is told.
+    #[derive(Default)]
+    struct EarlyEngine {
+        launched: Vec<(u32, AnyExchange, Box<dyn Awaitable>)>,
+        under_way: VecDeque<(Instant, u32, AllToAllKind)>,
+        held: Arc<AtomicBool>,
+        complete: Arc<AtomicBool>,
+    }
+
+    struct Hold(Arc<AtomicBool>);
+
+    impl Awaitable for Hold {
+        fn hold(&self, _clock: &mut ComputeClock) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    impl Engine for EarlyEngine {
+        fn start(&mut self, operation: Operation) {
+            let Operation::AllToAll { index, exchange, .. } = operation else { panic!("only all-to-alls are started") };
+            self.under_way.push_back((Instant::now(), index, exchange.kind()));
+            self.launched.push((index, exchange, Box::new(Hold(Arc::clone(&self.held)))));
+        }
+
+        fn set_groups(&mut self, _groups: &Arc<Vec<Vec<usize>>>) {}
+
+        fn skip(&mut self, _channel: Channel) {}
+
+        fn poll(&mut self, finished: &mut Vec<(Instant, Finished)>) -> Result<(), CommError> {
+            if self.complete.load(Ordering::Relaxed)
+                && let Some((begin, index, kind)) = self.under_way.pop_front()
+            {
+                finished.push((begin, Finished::AllToAll { index, kind, sent_bytes: 8, exchange: None }));
+            }
+            Ok(())
+        }
+
+        fn take_launched(&mut self) -> Vec<(u32, AnyExchange, Box<dyn Awaitable>)> {
+            std::mem::take(&mut self.launched)
+        }
+
+        fn patience(&mut self) -> Duration {
+            Duration::from_millis(1)
+        }
+
+        fn fail(&mut self, _failure: CommError) {}
+    }
+
+    #[test]
+    fn an_exchange_that_a_device_carries_out_comes_back_early_and_counts_when_it_is_complete() {
+        let [held, complete] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+        let engine = EarlyEngine { held: Arc::clone(&held), complete: Arc::clone(&complete), ..EarlyEngine::default() };
+        let mut port = ThreadedPort::start(config(), Arc::new(Mailbox::new()), || Ok(engine)).unwrap();
+        begin_step(&mut port);
+        for chunk in 0..2 {
+            port.submit(Submission::AllToAll(exchange(chunk))).unwrap();
+        }
+        let back = port.wait_all_to_all(1).unwrap();
+        assert!(back.kind().chunk == 1 && held.load(Ordering::Relaxed));
+        port.wait_all_to_all(0).unwrap();
+        assert_eq!(port.stats().all_to_all_bytes, 0, "neither is complete");
+        complete.store(true, Ordering::Relaxed);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while port.stats().all_to_all_bytes < 16 {
+            assert!(Instant::now() < deadline, "{:?}", port.stats());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        port.check().unwrap();
+        port.mailbox.fail(CommError::left(1));
+        assert_eq!(port.check(), Err(CommError::left(1)));
     }
 
     #[test]

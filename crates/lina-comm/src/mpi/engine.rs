@@ -326,7 +326,7 @@ impl MpiEngine {
         while let Some((_, op)) = self.exchanges.pop_if(ExchangeOp::is_done) {
             let begin = self.instant(op.launched);
             let exchange = AnyExchange::Host(op.exchange);
-            finished.push((begin, Finished::AllToAll { index: op.index, exchange }));
+            finished.push((begin, Finished::all_to_all(op.index, exchange, self.rank)));
         }
         loop {
             self.send_reductions().map_err(here)?;

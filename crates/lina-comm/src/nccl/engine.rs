@@ -20,10 +20,11 @@ use crate::driver::{Operation, Reduction};
 use crate::exchange::AnyExchange;
 use crate::processes::heartbeat::Heartbeat;
 use crate::processes::{Assembly, Fault, Patience};
-use crate::threaded::{Engine, Finished, LOOK_AROUND, WATCH};
+use crate::recorder::ComputeClock;
+use crate::threaded::{Awaitable, Engine, Finished, LOOK_AROUND, WATCH};
 use crate::transfer::sum_control;
 use crate::wire::{CHANNELS, Channel};
-use crate::{CommError, DeviceExchange, Exchange};
+use crate::{AllToAllKind, CommError, DeviceExchange, Exchange};
 
 /// Looks at what is under way with only a yield in between, after something has happened: some 50 us.
 const YIELDS: u32 = 40;
@@ -56,16 +57,18 @@ impl From<CudaError> for Fault {
 /// An operation under way.
 struct UnderWay {
     launched: Instant,
-    /// Behind it in its stream, once it has been enqueued.
-    done: Option<Event>,
+    /// Behind it in its stream, once it has been enqueued. The compute thread may have it too.
+    done: Option<Arc<Event>>,
     task: Task,
 }
 
 enum Task {
-    /// With a stage for this rank's launch time and those of all ranks.
+    /// With a stage for this rank's launch time and those of all ranks. Once it has been enqueued, its exchange is handed back.
     Exchange {
         index: u32,
-        exchange: DeviceExchange,
+        exchange: Option<DeviceExchange>,
+        kind: AllToAllKind,
+        sent_bytes: u64,
         times: PinnedBuffer,
     },
     /// With a stage for the pieces, each behind its sender's launch time. Bytes from `received` on have come.
@@ -81,6 +84,15 @@ enum Task {
         stage: PinnedBuffer,
         bytes: usize,
     },
+}
+
+/// The end of an all-to-all in its stream.
+struct Complete(Arc<Event>);
+
+impl Awaitable for Complete {
+    fn hold(&self, clock: &mut ComputeClock) {
+        clock.hold(&self.0);
+    }
 }
 
 /// The operations of a class.
@@ -151,6 +163,8 @@ pub(super) struct NcclEngine {
     /// Operations started or skipped; the same count means the same operation on all ranks.
     started: u64,
     events: Vec<Event>,
+    /// Exchanges that the compute thread may have back: the device carries them out.
+    handed_back: Vec<(u32, AnyExchange, Box<dyn Awaitable>)>,
     patience: Patience,
     /// When an operation was last found to have run.
     last_end: Instant,
@@ -195,6 +209,7 @@ impl NcclEngine {
             preparing: None,
             started: 0,
             events: Vec::new(),
+            handed_back: Vec::new(),
             patience: Patience::new(YIELDS, LONGEST_SLEEP),
             last_end: Instant::now(),
             looked: Instant::now(),
@@ -329,13 +344,16 @@ impl NcclEngine {
         let channel = operation.channel();
         // Memory that NCCL is about to know is this engine's before it does, and stays it until the operation has run.
         let task = match operation {
-            Operation::AllToAll { index, exchange: AnyExchange::Device(exchange), .. } => {
-                let mut times = self.lanes[channel as usize].stage((1 + self.ranks) * LAUNCH_TIME)?;
-                times[..LAUNCH_TIME].copy_from_slice(&self.now().to_le_bytes());
-                Task::Exchange { index, exchange, times }
-            }
-            Operation::AllToAll { index, exchange: AnyExchange::Host(exchange), .. } => {
-                self.staged_exchange(index, exchange)?
+            Operation::AllToAll { index, exchange, .. } => {
+                let (kind, sent_bytes) = (exchange.kind(), exchange.sent_bytes(self.rank));
+                match exchange {
+                    AnyExchange::Device(exchange) => {
+                        let mut times = self.lanes[channel as usize].stage((1 + self.ranks) * LAUNCH_TIME)?;
+                        times[..LAUNCH_TIME].copy_from_slice(&self.now().to_le_bytes());
+                        Task::Exchange { index, exchange: Some(exchange), kind, sent_bytes, times }
+                    }
+                    AnyExchange::Host(exchange) => self.staged_exchange(index, exchange)?,
+                }
             }
             Operation::AllReduce(reduction) => Task::Reduction(reduction),
             Operation::Control(values) => self.staged_control(&values)?,
@@ -346,6 +364,7 @@ impl NcclEngine {
         let stream = &self.lanes[channel as usize].stream;
         match task {
             Task::Exchange { exchange, times, .. } => {
+                let Some(exchange) = exchange else { return Ok(()) };
                 let (from, received) = (times.address(), times.address() + LAUNCH_TIME as u64);
                 let mut send = vec![(0, LAUNCH_TIME); self.ranks];
                 let mut recv = places(&vec![LAUNCH_TIME; self.ranks]);
@@ -445,13 +464,19 @@ impl NcclEngine {
         Ok(Task::Control { stage, bytes })
     }
 
-    /// The channel's newest operation has been enqueued: an event comes behind it.
+    /// The channel's newest operation has been enqueued: an event comes behind it, for which a device may wait.
     fn launched(&mut self, channel: Channel) -> Result<(), Fault> {
         let event = self.events.pop().map_or_else(|| Event::new(&self.device), Ok)?;
         let Lane { stream, under_way, .. } = &mut self.lanes[channel as usize];
         let Some(operation) = under_way.back_mut() else { return Ok(()) };
         event.record(stream)?;
-        operation.done = Some(event);
+        let event = Arc::new(event);
+        operation.done = Some(Arc::clone(&event));
+        if let Task::Exchange { index, exchange, .. } = &mut operation.task
+            && let Some(exchange) = exchange.take()
+        {
+            self.handed_back.push((*index, AnyExchange::Device(exchange), Box::new(Complete(event))));
+        }
         Ok(())
     }
 
@@ -468,7 +493,8 @@ impl NcclEngine {
             while let Some(UnderWay { launched, done, task }) = self.pop_done(channel)? {
                 self.patience.reset();
                 self.last_end = Instant::now();
-                self.events.extend(done);
+                // An event that the compute thread still has is not recorded anew.
+                self.events.extend(done.and_then(Arc::into_inner));
                 finished.push(self.finished(launched, task)?);
             }
         }
@@ -495,11 +521,12 @@ impl NcclEngine {
             }
         };
         let finished = match task {
-            Task::Exchange { index, exchange, times } => {
+            Task::Exchange { index, exchange, kind, sent_bytes, times } => {
                 let others = times[LAUNCH_TIME..].chunks_exact(LAUNCH_TIME).take(self.ranks);
                 others.enumerate().for_each(|(rank, bytes)| note(rank, bytes));
                 lane.spare(times);
-                Finished::AllToAll { index, exchange: AnyExchange::Device(exchange) }
+                let exchange = exchange.map(AnyExchange::Device);
+                Finished::AllToAll { index, kind, sent_bytes, exchange }
             }
             Task::HostExchange { index, mut exchange, stage, received } => {
                 let mut recv = exchange.recv.iter_mut();
@@ -512,7 +539,7 @@ impl NcclEngine {
                     come = rest;
                 }
                 lane.spare(stage);
-                Finished::AllToAll { index, exchange: AnyExchange::Host(exchange) }
+                Finished::all_to_all(index, AnyExchange::Host(exchange), self.rank)
             }
             Task::Reduction(reduction) => Finished::AllReduce(reduction),
             Task::Control { stage, bytes } => {
@@ -732,6 +759,11 @@ impl Engine for NcclEngine {
         self.failure.clone().map_or(Ok(()), Err)
     }
 
+    fn take_launched(&mut self) -> Vec<(u32, AnyExchange, Box<dyn Awaitable>)> {
+        // After a failure they stay, until the device is done with them.
+        if self.failure.is_some() { Vec::new() } else { std::mem::take(&mut self.handed_back) }
+    }
+
     fn patience(&mut self) -> Duration {
         if self.failure.is_none() && !self.is_idle() {
             self.patience.next()
@@ -780,6 +812,7 @@ impl Drop for NcclEngine {
             if !ended {
                 // The device may still touch the memory of what is under way.
                 std::mem::forget(std::mem::take(&mut lane.under_way));
+                std::mem::forget(std::mem::take(&mut self.handed_back));
             }
         }
     }

@@ -342,7 +342,10 @@ impl CudaInferenceModel {
                 self.gpu.download_both((logits, &mut self.logits_on_host), choices)?;
                 self.report_choices(comm)
             }
-            _ => Ok(self.gpu.download(logits, &mut self.logits_on_host)?),
+            _ => {
+                self.gpu.download(logits, &mut self.logits_on_host)?;
+                Ok(comm.check()?)
+            }
         }
     }
 

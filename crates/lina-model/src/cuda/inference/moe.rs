@@ -327,6 +327,7 @@ impl Moe {
             let normed = gpu.to_host::<f32>(self.gate.normed(step.tokens).slice(row.clone()))?;
             let [x, found] = [gpu.to_host::<f32>(x.slice(row.clone()))?, gpu.to_host::<f32>(y.slice(row))?];
             let weights = gpu.to_host::<f32>(self.gate.weights(step.tokens * top_k).slice(choices.clone()))?;
+            step.comm.check()?;
             let alone = recompute(&experts, &normed, &x, &index[choices], &weights);
             VerificationError::check(layer.layer, token, tolerance, &alone, &found)?;
         }
