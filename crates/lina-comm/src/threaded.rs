@@ -6,7 +6,8 @@
 //!
 //! A compute thread with a GPU hands over what its device has yet to compute. The communication thread takes submissions
 //! in their order and each only once its data is [`Ready`], so that the brain sees the same as on a processor, and nothing
-//! is ever launched that could not run.
+//! is ever launched that could not run. What a device exchanges comes back once it is launched, with what the compute stream
+//! is to wait for ([`Awaitable`]).
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -281,9 +282,6 @@ impl ThreadedPort {
         if let Some(failure) = &mail.failure {
             return Err(failure.clone());
         }
-        if matches!(submission, Submission::BeginStep { .. }) {
-            mail.stats = StepStats::default();
-        }
         if matches!(submission, Submission::Flush) {
             mail.gradients_finished = false;
         }
@@ -469,6 +467,8 @@ struct CommThread<E> {
     finished: Vec<(Instant, Finished)>,
     /// Handed over and not yet told to the brain.
     submissions: VecDeque<Posted>,
+    /// All-to-alls that the compute thread has back and that are not complete.
+    handed_back: usize,
     /// When each channel's last operation ended.
     channel_free: [Nanos; CHANNELS],
 }
@@ -495,6 +495,7 @@ impl<E: Engine> CommThread<E> {
             step: 0,
             finished: Vec::new(),
             submissions: VecDeque::new(),
+            handed_back: 0,
             channel_free: [0; CHANNELS],
         }
     }
@@ -543,7 +544,7 @@ impl<E: Engine> CommThread<E> {
             self.engine.compute_failed(failure);
             return Some(true);
         }
-        if mail.closed && self.submissions.is_empty() {
+        if mail.closed && self.submissions.is_empty() && self.handed_back == 0 {
             return None;
         }
         drop(mail);
@@ -556,6 +557,7 @@ impl<E: Engine> CommThread<E> {
         let launched = self.engine.take_launched();
         if !launched.is_empty() {
             busy = true;
+            self.handed_back += launched.len();
             let exchanged = |(index, exchange, complete)| Exchanged { index, exchange, complete: Some(complete) };
             self.mailbox.lock().exchanges.extend(launched.into_iter().map(exchanged));
         }
@@ -580,6 +582,8 @@ impl<E: Engine> CommThread<E> {
         }
         if let Err(failure) = outcome {
             mail.failure.get_or_insert(failure);
+            // Nothing comes of them any more.
+            self.handed_back = 0;
             news = true;
         }
         drop(mail);
@@ -593,7 +597,11 @@ impl<E: Engine> CommThread<E> {
     /// brain took.
     fn take_submissions(&mut self) -> (bool, Duration) {
         let (mut taken, mut deciding) = (false, Duration::ZERO);
-        while let Some(Posted { ready, .. }) = self.submissions.front_mut() {
+        while let Some(Posted { ready, submission }) = self.submissions.front_mut() {
+            // The host may be ahead of its device, but a step ends for the brain before the next one begins.
+            if self.handed_back > 0 && matches!(submission, Submission::BeginStep { .. } | Submission::Groups(_)) {
+                break;
+            }
             match ready.as_mut().map_or(Ok(true), |ready| ready.is_ready()) {
                 Ok(true) => {}
                 Ok(false) => break,
@@ -609,6 +617,7 @@ impl<E: Engine> CommThread<E> {
             taken = true;
             if let Submission::BeginStep { step, .. } = submission {
                 self.step = step;
+                self.mailbox.lock().stats = StepStats::default();
             }
             if let Submission::Groups(groups) = submission {
                 self.engine.set_groups(&groups);
@@ -663,7 +672,10 @@ impl<E: Engine> CommThread<E> {
         }
         match finished {
             Finished::AllToAll { index, exchange, .. } => {
-                exchanges.extend(exchange.map(|exchange| Exchanged { index, exchange, complete: None }));
+                match exchange {
+                    Some(exchange) => exchanges.push_back(Exchanged { index, exchange, complete: None }),
+                    None => self.handed_back -= 1,
+                }
                 self.driver.all_to_all_done(end);
             }
             Finished::AllReduce(reduction) => {
@@ -774,12 +786,19 @@ mod tests {
     }
 
     /// Gives exchanges back as soon as they are launched, and finishes them when it is told.
-    #[derive(Default)]
     struct EarlyEngine {
         launched: Vec<(u32, AnyExchange, Box<dyn Awaitable>)>,
         under_way: VecDeque<(Instant, u32, AllToAllKind)>,
         held: Arc<AtomicBool>,
         complete: Arc<AtomicBool>,
+        /// How many were under way at its end.
+        left_under_way: Arc<Mutex<Option<usize>>>,
+    }
+
+    impl Drop for EarlyEngine {
+        fn drop(&mut self) {
+            *self.left_under_way.lock().unwrap() = Some(self.under_way.len());
+        }
     }
 
     struct Hold(Arc<AtomicBool>);
@@ -824,7 +843,14 @@ mod tests {
     #[test]
     fn an_exchange_that_a_device_carries_out_comes_back_early_and_counts_when_it_is_complete() {
         let [held, complete] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
-        let engine = EarlyEngine { held: Arc::clone(&held), complete: Arc::clone(&complete), ..EarlyEngine::default() };
+        let left_under_way = Arc::default();
+        let engine = EarlyEngine {
+            launched: Vec::new(),
+            under_way: VecDeque::new(),
+            held: Arc::clone(&held),
+            complete: Arc::clone(&complete),
+            left_under_way: Arc::clone(&left_under_way),
+        };
         let mut port = ThreadedPort::start(config(), Arc::new(Mailbox::new()), || Ok(engine)).unwrap();
         begin_step(&mut port);
         for chunk in 0..2 {
@@ -840,6 +866,25 @@ mod tests {
             assert!(Instant::now() < deadline, "{:?}", port.stats());
             std::thread::sleep(Duration::from_millis(1));
         }
+        // The next step waits for what is left of this one, and so does the end.
+        complete.store(false, Ordering::Relaxed);
+        port.submit(Submission::AllToAll(exchange(2))).unwrap();
+        port.wait_all_to_all(2).unwrap();
+        begin_step(&mut port);
+        port.submit(Submission::AllToAll(exchange(0))).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(port.mailbox.lock().exchanges.is_empty(), "the next step has not begun");
+        complete.store(true, Ordering::Relaxed);
+        port.wait_all_to_all(0).unwrap();
+        assert!(port.stats().all_to_all_bytes <= 8, "each step has its own statistics: {:?}", port.stats());
+        port.check().unwrap();
+        drop(port);
+        assert_eq!(*left_under_way.lock().unwrap(), Some(0));
+    }
+
+    #[test]
+    fn a_failure_is_known_before_anything_else_is_handed_over() {
+        let (port, _) = port(false);
         port.check().unwrap();
         port.mailbox.fail(CommError::left(1));
         assert_eq!(port.check(), Err(CommError::left(1)));

@@ -415,7 +415,8 @@ impl NcclEngine {
             let ((own_from, own), (own_to, own_received)) = (send[self.rank], recv[self.rank]);
             let own = own_bytes(own, own_received)?;
             if own > 0 {
-                // SAFETY: the pieces are within buffers that stay in their lane's queue until all of it has run.
+                // SAFETY: the pieces are within buffers that stay in their lane's queue until all of it has run, or are with a
+                // compute thread whose stream waits for that.
                 unsafe { memcpy_dtod_async(to + own_to, from + own_from, own, stream.raw()) }
                     .map_err(|error| Fault(format!("cuMemcpyDtoDAsync failed: {error}")))?;
             }

@@ -7,8 +7,9 @@
 //! page-locked memory.
 //!
 //! The communication thread launches operations in the order in which the brain decides, which is the same on all ranks, and
-//! only what has its data (see `threaded`): nothing is enqueued behind an event that has not happened, so devices never wait
-//! for each other in a circle.
+//! only what has its data (see `threaded`). An all-to-all of device memory goes back to the compute thread as soon as it is
+//! launched, with the event behind it, for which the compute stream waits. So devices wait only for what all ranks launch in
+//! one order, never for each other in a circle.
 //!
 //! What is different from the other engines:
 //! - With the data of an all-to-all travels the time at which each rank launched it, so that waiting for a late rank is not
