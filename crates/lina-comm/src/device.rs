@@ -32,7 +32,7 @@ pub struct DeviceClock {
     current: Option<(Work, Event)>,
     /// What has been enqueued or waited for and is not known to have happened, oldest first.
     pending: VecDeque<Pending>,
-    /// When the last work that is known ended.
+    /// When the last work or hold that is known ended.
     busy_until: Nanos,
     failure: Option<CudaError>,
 }

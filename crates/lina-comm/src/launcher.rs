@@ -53,14 +53,21 @@ impl Place {
         };
         // Slurm's list of tasks, such as `4(x2),3`, is of all hosts; the first number is that of most of them.
         let number = |name: &str| variable(name)?.trim().split(|c: char| !c.is_ascii_digit()).next()?.parse().ok();
-        launchers.into_iter().find_map(|[rank, ranks, local_rank, ranks_here]| {
+        let mut places = launchers.into_iter().filter_map(|[rank, ranks, local_rank, ranks_here]| {
             Some(Place {
                 rank: number(rank)?,
                 ranks: number(ranks)?,
                 local_rank: number(local_rank),
                 ranks_here: number(ranks_here),
             })
-        })
+        });
+        let mut place = places.next()?;
+        // One launcher may start processes for another library's: it says the same, and more.
+        for other in places.filter(|other| (other.rank, other.ranks) == (place.rank, place.ranks)) {
+            place.local_rank = place.local_rank.or(other.local_rank);
+            place.ranks_here = place.ranks_here.or(other.ranks_here);
+        }
+        Some(place)
     }
 }
 
@@ -93,7 +100,19 @@ mod tests {
     }
 
     #[test]
-    fn one_launcher_says_all() {
+    fn what_one_launcher_does_not_say_another_may() {
+        let local = [("SLURM_LOCALID", "1"), ("SLURM_STEP_TASKS_PER_NODE", "2(x3)")];
+        let pmi2 = [("PMI_RANK", "3"), ("PMI_SIZE", "6"), ("SLURM_PROCID", "3"), ("SLURM_STEP_NUM_TASKS", "6")];
+        let place = of(&[&pmi2[..], &local].concat()).unwrap();
+        assert_eq!((place.local_rank, place.ranks_here), (Some(1), Some(2)));
+        // Not of other ranks: `mpiexec` started as a task itself.
+        let inside = [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "1")];
+        let place = of(&[&inside[..], &local].concat()).unwrap();
+        assert_eq!((place.rank, place.local_rank, place.ranks_here), (1, None, None));
+    }
+
+    #[test]
+    fn one_launcher_comes_first() {
         let torchrun = [("RANK", "5"), ("WORLD_SIZE", "8")];
         // A batch script under Slurm, whose own rank is not that of a task.
         let batch = [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8")];

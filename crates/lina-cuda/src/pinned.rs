@@ -64,7 +64,7 @@ impl DerefMut for PinnedBuffer {
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
-            // SAFETY: allocated in `zeros`, freed once; CUDA waits for copies that are under way.
+            // SAFETY: allocated in `zeros`, freed once; CUDA waits for what the device does with it.
             let _ = unsafe { sys::cuMemFreeHost(self.ptr.cast()) };
         }
     }

@@ -11,6 +11,7 @@ mod sections;
 
 use std::path::{Path, PathBuf};
 
+use lina_comm::launched_ranks;
 use lina_data::{DataConfig, DataError, Tokenizer};
 use lina_model::{ModelConfig, ModelSection};
 use lina_plan::{ExpertLayout, LayoutError, PackingLadder, PolicyRules};
@@ -22,7 +23,6 @@ pub use error::ConfigError;
 pub use sections::{BenchConfig, ClusterConfig, DeviceConfig, Engine, LinkConfig, PolicyConfig, Scalar, TrainConfig};
 
 use document::Document;
-use lina_comm::launched_ranks;
 use sections::{BYTES, DataSection};
 
 /// Everything that a run is told. [`RunConfig::load`] is the way to one; the fields are public to be read.

@@ -62,7 +62,6 @@ pub use diagnose::{PairMeasured, RankDiagnosis, RankMeasured, diagnose_ranks};
 pub use error::TrainError;
 pub use eval::{EvalOptions, EvalSummary, eval};
 pub use job::{JobOutcome, run_job, set_last_words};
-
 #[cfg(feature = "cuda")]
 pub use layer::{LayerRow, LayerShape, LayerSummary, bench_layer};
 pub use lina_comm::{CommError, launched_rank, launched_ranks, launched_ranks_here};

@@ -1,5 +1,6 @@
 //! What a run takes in memory: predicted before anything is allocated, measured at the end.
 
+use lina_comm::launched_rank;
 use lina_model::{ModelConfig, ModelLimits, ParameterLayout, Purpose, memory_plan};
 use lina_plan::ExpertLayout;
 use lina_report::{Align, Table};
@@ -8,7 +9,6 @@ use serde::Serialize;
 use crate::TrainError;
 use crate::config::RunConfig;
 use crate::worker::model_limits;
-use lina_comm::launched_rank;
 
 /// Bytes that a process takes besides what it plans: program, threads, allocator.
 const PROCESS_BYTES: u64 = 24 << 20;

@@ -38,8 +38,8 @@ const DELIVERY: Duration = Duration::from_secs(2);
 const LAUNCH_TIME: usize = size_of::<u64>();
 /// Bytes of the smallest stage.
 const SMALLEST_STAGE: usize = 4096;
-/// Bytes of the largest stage that is kept for other operations, and whose size is rounded up so that it fits them.
-const LARGEST_SPARE: usize = 16 << 20;
+/// Stages of the smallest size that each class of operations has from the start.
+const FIRST_STAGES: usize = 4;
 /// Elements of the sums with which a group's ranks are connected: NCCL has one way for small ones and one for large ones.
 const CONNECTING: [usize; 2] = [256, 1 << 20];
 /// Thread blocks of a kernel of NCCL's where ranks share a GPU: kernels of all of them have to run at the same time, or
@@ -99,7 +99,8 @@ impl Awaitable for Complete {
 struct Lane {
     stream: Stream,
     under_way: VecDeque<UnderWay>,
-    /// Spare host memory that the device reads and writes by itself: for what is the host's and small.
+    /// Spare host memory that the device reads and writes by itself: for what is the host's and small. It is kept, since the
+    /// system may wait for the device before it takes it back, and the device for another rank.
     stages: Vec<PinnedBuffer>,
 }
 
@@ -107,7 +108,8 @@ impl Lane {
     /// Its kernels go ahead of the computation's: they are few and small, and others wait for them.
     fn new(device: &Device) -> Result<Self, CudaError> {
         let stream = Stream::new(device, Priority::High)?;
-        Ok(Lane { stream, under_way: VecDeque::new(), stages: Vec::new() })
+        let stages = (0..FIRST_STAGES).map(|_| PinnedBuffer::zeros(device, SMALLEST_STAGE));
+        Ok(Lane { stream, under_way: VecDeque::new(), stages: stages.collect::<Result<_, _>>()? })
     }
 
     /// A stage for at least `bytes` bytes.
@@ -118,18 +120,11 @@ impl Lane {
             None => PinnedBuffer::zeros(self.stream.device(), room(bytes)),
         }
     }
-
-    /// Takes back a stage whose operation has run.
-    fn spare(&mut self, stage: PinnedBuffer) {
-        if stage.len() <= LARGEST_SPARE {
-            self.stages.push(stage);
-        }
-    }
 }
 
-/// Bytes of a new stage for `bytes` bytes.
+/// Bytes of a new stage for `bytes` bytes, which fits others too.
 fn room(bytes: usize) -> usize {
-    if bytes > LARGEST_SPARE { bytes } else { bytes.next_power_of_two().max(SMALLEST_STAGE) }
+    bytes.next_power_of_two().max(SMALLEST_STAGE)
 }
 
 /// The communicator of a set of ranks; `None` on ranks outside.
@@ -364,7 +359,7 @@ impl NcclEngine {
         let stream = &self.lanes[channel as usize].stream;
         match task {
             Task::Exchange { exchange, times, .. } => {
-                let Some(exchange) = exchange else { return Ok(()) };
+                let exchange = exchange.as_ref().expect("it is handed back once it is launched");
                 let (from, received) = (times.address(), times.address() + LAUNCH_TIME as u64);
                 let mut send = vec![(0, LAUNCH_TIME); self.ranks];
                 let mut recv = places(&vec![LAUNCH_TIME; self.ranks]);
@@ -522,12 +517,11 @@ impl NcclEngine {
             }
         };
         let finished = match task {
-            Task::Exchange { index, exchange, kind, sent_bytes, times } => {
+            Task::Exchange { index, kind, sent_bytes, times, .. } => {
                 let others = times[LAUNCH_TIME..].chunks_exact(LAUNCH_TIME).take(self.ranks);
                 others.enumerate().for_each(|(rank, bytes)| note(rank, bytes));
-                lane.spare(times);
-                let exchange = exchange.map(AnyExchange::Device);
-                Finished::AllToAll { index, kind, sent_bytes, exchange }
+                lane.stages.push(times);
+                Finished::AllToAll { index, kind, sent_bytes, exchange: None }
             }
             Task::HostExchange { index, mut exchange, stage, received } => {
                 let mut recv = exchange.recv.iter_mut();
@@ -539,14 +533,14 @@ impl NcclEngine {
                     words.iter().zip(recv.by_ref()).for_each(|(word, value)| *value = f32::from_le_bytes(*word));
                     come = rest;
                 }
-                lane.spare(stage);
+                lane.stages.push(stage);
                 Finished::all_to_all(index, AnyExchange::Host(exchange), self.rank)
             }
             Task::Reduction(reduction) => Finished::AllReduce(reduction),
             Task::Control { stage, bytes } => {
                 let (words, _) = stage[..self.ranks * bytes].as_chunks::<8>();
                 let values: Vec<f64> = words.iter().map(|word| f64::from_le_bytes(*word)).collect();
-                self.lanes[Channel::Control as usize].spare(stage);
+                self.lanes[Channel::Control as usize].stages.push(stage);
                 let count = bytes / size_of::<f64>();
                 let part = |rank: usize| values[rank * count..(rank + 1) * count].to_vec();
                 let sum = sum_control((0..self.ranks).map(|rank| (rank, part(rank))));
@@ -813,6 +807,7 @@ impl Drop for NcclEngine {
             if !ended {
                 // The device may still touch the memory of what is under way.
                 std::mem::forget(std::mem::take(&mut lane.under_way));
+                std::mem::forget(std::mem::take(&mut lane.stages));
                 std::mem::forget(std::mem::take(&mut self.handed_back));
             }
         }
@@ -830,9 +825,8 @@ mod tests {
     }
 
     #[test]
-    fn only_small_stages_have_room_to_spare() {
-        assert_eq!([1, 5000, 9 << 20].map(room), [SMALLEST_STAGE, 8192, LARGEST_SPARE]);
-        assert_eq!([LARGEST_SPARE, LARGEST_SPARE + 1].map(room), [LARGEST_SPARE, LARGEST_SPARE + 1]);
+    fn stages_fit_others_too() {
+        assert_eq!([1, 5000, 9 << 20].map(room), [SMALLEST_STAGE, 8192, 16 << 20]);
     }
 
     #[test]

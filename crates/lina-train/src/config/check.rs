@@ -3,11 +3,11 @@
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
+use lina_comm::launched_ranks;
 use lina_net::Topology;
 use lina_plan::ExpertLayout;
 
 use super::{ClusterConfig, DeviceConfig, Engine, RunConfig, Scalar};
-use lina_comm::launched_ranks;
 
 /// Something impossible, and the key to blame, so that the place can be looked up.
 #[derive(Debug)]

@@ -3,11 +3,10 @@
 use std::num::NonZero;
 use std::path::PathBuf;
 
+use lina_comm::{launched_rank, launched_ranks_here};
 use lina_net::{Link, Topology, TopologyError};
 use lina_plan::{Policy, PolicySettings, Schedule};
 use serde::{Deserialize, Serialize};
-
-use lina_comm::{launched_rank, launched_ranks_here};
 
 /// `[train]`: what is optimised, for how long, and how often the run looks at itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
