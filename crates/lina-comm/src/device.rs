@@ -229,13 +229,21 @@ impl DeviceClock {
 /// Copies on the device, in the order of `stream`; like to like.
 pub(crate) fn copy(stream: &Stream, from: Slice<'_>, to: SliceMut<'_>) -> Result<(), CudaError> {
     assert_eq!((from.len(), from.dtype()), (to.len(), to.dtype()), "like is copied to like");
-    if from.is_empty() {
+    // SAFETY: both views are of as many bytes of device memory, and the destination is exclusively borrowed.
+    unsafe { copy_bytes(stream, from.ptr(), to.ptr(), from.len() * from.dtype().bytes()) }
+}
+
+/// Copies `bytes` bytes, if any, between device addresses, in the order of `stream`.
+///
+/// # Safety
+/// Both sides must stay, the one unchanged and the other touched by nobody, until the copy has run.
+pub(crate) unsafe fn copy_bytes(stream: &Stream, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
+    if bytes == 0 {
         return Ok(());
     }
     stream.device().bind()?;
-    let bytes = from.len() * from.dtype().bytes();
-    // SAFETY: both views are of as many bytes of device memory, and the destination is exclusively borrowed.
-    let outcome = unsafe { memcpy_dtod_async(to.ptr(), from.ptr(), bytes, stream.raw()) };
+    // SAFETY: the stream lives; the caller vouches for the memory.
+    let outcome = unsafe { memcpy_dtod_async(to, from, bytes, stream.raw()) };
     outcome.map_err(|error| CudaError::Call { call: "cuMemcpyDtoDAsync", reason: error.to_string() })
 }
 

@@ -7,7 +7,7 @@
 //! A compute thread with a GPU hands over what its device has yet to compute. The communication thread takes submissions
 //! in their order and each only once its data is [`Ready`], so that the brain sees the same as on a processor, and nothing
 //! is ever launched that could not run. What a device exchanges comes back once it is launched, with what the compute stream
-//! is to wait for ([`Awaitable`]).
+//! is to wait for ([`Hold`]).
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -62,15 +62,12 @@ impl Finished {
 struct Exchanged {
     index: u32,
     exchange: AnyExchange,
-    /// When it is complete, if it is not.
-    complete: Option<Box<dyn Awaitable>>,
+    /// If it is not complete yet.
+    hold: Option<Hold>,
 }
 
-/// What a device's stream can wait for.
-pub(crate) trait Awaitable: Send {
-    /// What is enqueued on `clock`'s stream from here on happens afterwards.
-    fn hold(&self, clock: &mut ComputeClock);
-}
+/// Has the stream of a clock's device wait until something has happened: what is enqueued from there on happens afterwards.
+pub(crate) type Hold = Box<dyn FnOnce(&mut ComputeClock) + Send>;
 
 /// What moves data between ranks. Starts operations without blocking and reports them when they are done.
 pub(crate) trait Engine {
@@ -85,7 +82,7 @@ pub(crate) trait Engine {
     fn poll(&mut self, finished: &mut Vec<(Instant, Finished)>) -> Result<(), CommError>;
     /// Takes the all-to-alls that a device carries out and that the compute thread may have back before they are complete,
     /// with what its stream waits for: the host need not. Each finishes without its exchange.
-    fn take_launched(&mut self) -> Vec<(u32, AnyExchange, Box<dyn Awaitable>)> {
+    fn take_launched(&mut self) -> Vec<(u32, AnyExchange, Hold)> {
         Vec::new()
     }
     /// How long the communication thread may sleep now that neither a submission nor `poll` had news; zero for a
@@ -390,12 +387,12 @@ impl Port for ThreadedPort {
     }
 
     fn wait_all_to_all(&mut self, index: u32) -> Result<AnyExchange, CommError> {
-        let Exchanged { exchange, complete, .. } = self.wait(Awaited::AllToAll, |mail| {
+        let Exchanged { exchange, hold, .. } = self.wait(Awaited::AllToAll, |mail| {
             let position = mail.exchanges.iter().position(|exchanged| exchanged.index == index)?;
             mail.exchanges.remove(position)
         })?;
-        if let Some(complete) = complete {
-            complete.hold(&mut self.clock);
+        if let Some(hold) = hold {
+            hold(&mut self.clock);
             self.clock.check()?;
         }
         Ok(exchange)
@@ -570,7 +567,7 @@ impl<E: Engine> CommThread<E> {
         let launched = self.engine.take_launched();
         if !launched.is_empty() {
             busy = true;
-            let exchanged = |(index, exchange, complete)| Exchanged { index, exchange, complete: Some(complete) };
+            let exchanged = |(index, exchange, hold)| Exchanged { index, exchange, hold: Some(hold) };
             let mut mail = self.mailbox.lock();
             mail.incomplete += launched.len();
             mail.exchanges.extend(launched.into_iter().map(exchanged));
@@ -690,7 +687,7 @@ impl<E: Engine> CommThread<E> {
         match finished {
             Finished::AllToAll { index, exchange, .. } => {
                 match exchange {
-                    Some(exchange) => exchanges.push_back(Exchanged { index, exchange, complete: None }),
+                    Some(exchange) => exchanges.push_back(Exchanged { index, exchange, hold: None }),
                     // In a failure it may not have come back.
                     None => *incomplete = incomplete.saturating_sub(1),
                 }
@@ -805,7 +802,7 @@ mod tests {
 
     /// Gives exchanges back as soon as they are launched, and finishes them when it is told.
     struct EarlyEngine {
-        launched: Vec<(u32, AnyExchange, Box<dyn Awaitable>)>,
+        launched: Vec<(u32, AnyExchange, Hold)>,
         under_way: VecDeque<(Instant, u32, AllToAllKind)>,
         held: Arc<AtomicBool>,
         complete: Arc<AtomicBool>,
@@ -819,19 +816,12 @@ mod tests {
         }
     }
 
-    struct Hold(Arc<AtomicBool>);
-
-    impl Awaitable for Hold {
-        fn hold(&self, _clock: &mut ComputeClock) {
-            self.0.store(true, Ordering::Relaxed);
-        }
-    }
-
     impl Engine for EarlyEngine {
         fn start(&mut self, operation: Operation) {
             let Operation::AllToAll { index, exchange, .. } = operation else { panic!("only all-to-alls are started") };
             self.under_way.push_back((Instant::now(), index, exchange.kind()));
-            self.launched.push((index, exchange, Box::new(Hold(Arc::clone(&self.held)))));
+            let held = Arc::clone(&self.held);
+            self.launched.push((index, exchange, Box::new(move |_| held.store(true, Ordering::Relaxed))));
         }
 
         fn set_groups(&mut self, _groups: &Arc<Vec<Vec<usize>>>) {}
@@ -847,7 +837,7 @@ mod tests {
             Ok(())
         }
 
-        fn take_launched(&mut self) -> Vec<(u32, AnyExchange, Box<dyn Awaitable>)> {
+        fn take_launched(&mut self) -> Vec<(u32, AnyExchange, Hold)> {
             std::mem::take(&mut self.launched)
         }
 

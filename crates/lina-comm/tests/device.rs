@@ -28,7 +28,8 @@ fn work_lasts_as_long_as_on_the_device() {
     let Some(gpu) = gpu() else { return };
     let mut comm = comm(&gpu);
     comm.record(true);
-    let mut ahead = 0;
+    // A busy machine delays a host, but not in every step.
+    let (mut ahead, mut on_time) = (0, 0);
     for step in 0..STEPS {
         comm.begin_step(step).unwrap();
         for _ in 0..4 {
@@ -38,14 +39,16 @@ fn work_lasts_as_long_as_on_the_device() {
         let enqueued = comm.stats();
         comm.finish_gradients().unwrap();
         let stats = comm.end_step();
-        // In the first step the driver may still be loading the kernels, and in any step others may have the cores.
+        // In the first step the driver may still be loading the kernels.
         ahead += usize::from(enqueued.step < 20 * MILLISECOND);
         assert!((32 * MILLISECOND..36 * MILLISECOND).contains(&stats.compute), "{stats:?}");
         assert!((20 * MILLISECOND..23 * MILLISECOND).contains(&stats.ffn), "{stats:?}");
         assert_eq!(stats.ffn_micro_ops, 4);
         assert!(stats.step >= stats.compute, "{stats:?}");
+        on_time += usize::from(stats.step < stats.compute + 10 * MILLISECOND);
     }
     assert!(ahead > 0, "the host runs ahead of its device");
+    assert!(on_time > 0, "a step lasts hardly longer than its computation");
     let spans = comm.record(false);
     assert_eq!(spans.len(), 8 * STEPS as usize);
     assert!(spans.windows(2).all(|pair| pair[0].end <= pair[1].start + MILLISECOND / 10), "{spans:?}");

@@ -135,6 +135,21 @@ impl Buffer {
         Ok(Buffer { ptr, len, dtype, stream: stream.clone() })
     }
 
+    /// Makes it at least `len` long, with whatever is in it; it grows by a quarter at least, so that a slowly rising demand
+    /// rarely allocates.
+    ///
+    /// # Errors
+    /// If the device's memory does not suffice.
+    pub fn grow(&mut self, len: usize) -> Result<(), CudaError> {
+        if self.len < len {
+            let (target, stream) = (len.max(self.len + self.len / 4), self.stream.clone());
+            // The old memory first: both may not fit.
+            *self = Buffer::new(&stream, 0, self.dtype)?;
+            *self = Buffer::new(&stream, target, self.dtype)?;
+        }
+        Ok(())
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.len

@@ -98,19 +98,16 @@ impl Gpu {
         Ok(buffer)
     }
 
-    /// Makes `buffer` at least `len` long, with whatever is in it; it grows by a quarter at least, so that a slowly rising
-    /// demand rarely allocates.
+    /// [`Buffer::grow`], of a buffer of this GPU.
     ///
     /// # Errors
     /// If the device's memory does not suffice.
+    ///
+    /// # Panics
+    /// As [`uninit`](Self::uninit), if it has to grow.
     pub fn grow(&self, buffer: &mut Buffer, len: usize) -> Result<(), CudaError> {
-        if buffer.len() < len {
-            let (target, dtype) = (len.max(buffer.len() + buffer.len() / 4), buffer.dtype());
-            // The old memory first: both may not fit.
-            *buffer = self.uninit(0, dtype)?;
-            *buffer = self.uninit(target, dtype)?;
-        }
-        Ok(())
+        assert!(buffer.len() >= len || !self.recording.get(), "nothing is allocated while launches are recorded");
+        buffer.grow(len)
     }
 
     /// Memory filled from the host, stored as `dtype`.

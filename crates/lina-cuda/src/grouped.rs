@@ -12,7 +12,7 @@ pub use hopper::GROUPED_HOPPER;
 use crate::buffer::{DType, Slice, SliceMut};
 use crate::error::CudaError;
 use crate::gpu::Gpu;
-use crate::matmul::{Addend, Mat, MatMut, matmul, matmul_rows_alike};
+use crate::matmul::{Addend, Mat, MatMut, Rows, matmul, matmul_of_rows};
 
 /// Rows of one expert: `C[c_row..c_row + rows] = A[a_row..a_row + rows] · op(B[slot])`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,20 +151,14 @@ pub fn grouped_matmul_with(
     if let (GroupedKernel::Hopper(width), true) = (kernel, n > 0 && k > 0) {
         return hopper::multiply(gpu, width, groups, a, &b, c);
     }
-    let alike = a.dtype() == DType::F32 && n > 0 && k > 0;
+    let alike = if a.dtype() == DType::F32 { Rows::Alike } else { Rows::Fastest };
     for group in groups {
         let rows = group.rows as usize;
         let (from, to) = (group.a_row as usize, group.c_row as usize);
         let a = Mat::new(a.slice(from * k..(from + rows) * k), rows, k);
         let c = MatMut::new(c.slice_mut(to * n..(to + rows) * n), rows, n);
-        if rows == 0 {
-            continue;
-        }
-        let matrix = b.matrix(group.slot);
-        if alike {
-            matmul_rows_alike(gpu, c, a, matrix)?;
-        } else {
-            matmul(gpu, c, a, matrix, Addend::None)?;
+        if rows > 0 {
+            matmul_of_rows(gpu, c, a, b.matrix(group.slot), Addend::None, alike)?;
         }
     }
     Ok(())

@@ -138,7 +138,25 @@ pub enum Addend<'a> {
 ///
 /// # Panics
 /// If shapes or types do not agree.
-pub fn matmul(gpu: &Gpu, mut d: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, c: Addend<'_>) -> Result<(), CudaError> {
+pub fn matmul(gpu: &Gpu, d: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, c: Addend<'_>) -> Result<(), CudaError> {
+    matmul_of_rows(gpu, d, a, b, c, Rows::Fastest)
+}
+
+/// [`matmul`], with a choice of what is to be of its rows; for alike ones A is not transposed.
+///
+/// # Errors
+/// As [`matmul`].
+///
+/// # Panics
+/// As [`matmul`].
+pub(crate) fn matmul_of_rows(
+    gpu: &Gpu,
+    mut d: MatMut<'_>,
+    a: Mat<'_>,
+    b: Mat<'_>,
+    c: Addend<'_>,
+    rows: Rows,
+) -> Result<(), CudaError> {
     let (m, n, k) = (d.rows(), d.columns(), a.columns());
     assert!(
         a.rows() == m && b.rows() == k && b.columns() == n,
@@ -163,22 +181,12 @@ pub fn matmul(gpu: &Gpu, mut d: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, c: Addend<'_
         return copy_or_clear(gpu, &mut d, c);
     }
     let blas = gpu.blas()?;
-    gpu.timed("product", || blas.multiply(&mut d, a, b, c, Rows::Fastest))
-}
-
-/// D = A·B as [`matmul`] computes it, by an algorithm that does not depend on the number of rows, so that the bits of a row
-/// do not either. A is not transposed and has a depth, and D has rows and columns; shapes and types agree.
-///
-/// # Errors
-/// As [`matmul`].
-pub(crate) fn matmul_rows_alike(gpu: &Gpu, mut d: MatMut<'_>, a: Mat<'_>, b: Mat<'_>) -> Result<(), CudaError> {
-    let blas = gpu.blas()?;
-    gpu.timed("product", || blas.multiply(&mut d, a, b, Addend::None, Rows::Alike))
+    gpu.timed("product", || blas.multiply(&mut d, a, b, c, rows))
 }
 
 /// What a product's rows are to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Rows {
+pub(crate) enum Rows {
     /// Computed by what is the fastest for their number.
     Fastest,
     /// Of the same bits whatever their number.

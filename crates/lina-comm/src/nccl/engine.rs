@@ -7,7 +7,6 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lina_cuda::cudarc::driver::result::memcpy_dtod_async;
 use lina_cuda::{Buffer, CudaError, DType, Device, Event, PinnedBuffer, Priority, Stream};
 
 use super::NcclConfig;
@@ -16,12 +15,13 @@ use super::star::Star;
 use super::start::Started;
 use super::sums::{OrderedSums, Sums};
 use crate::buffer::Region;
+use crate::device::copy_bytes;
 use crate::driver::{Operation, Reduction};
 use crate::exchange::AnyExchange;
 use crate::processes::heartbeat::Heartbeat;
 use crate::processes::{Assembly, Fault, Patience};
 use crate::recorder::ComputeClock;
-use crate::threaded::{Awaitable, Engine, Finished, LOOK_AROUND, WATCH};
+use crate::threaded::{Engine, Finished, Hold, LOOK_AROUND, WATCH};
 use crate::transfer::sum_control;
 use crate::wire::{CHANNELS, Channel};
 use crate::{AllToAllKind, CommError, DeviceExchange, Exchange};
@@ -84,15 +84,6 @@ enum Task {
         stage: PinnedBuffer,
         bytes: usize,
     },
-}
-
-/// The end of an all-to-all in its stream.
-struct Complete(Arc<Event>);
-
-impl Awaitable for Complete {
-    fn hold(&self, clock: &mut ComputeClock) {
-        clock.hold(&self.0);
-    }
 }
 
 /// The operations of a class.
@@ -159,7 +150,7 @@ pub(super) struct NcclEngine {
     started: u64,
     events: Vec<Event>,
     /// Exchanges that the compute thread may have back: the device carries them out.
-    handed_back: Vec<(u32, AnyExchange, Box<dyn Awaitable>)>,
+    handed_back: Vec<(u32, AnyExchange, Hold)>,
     patience: Patience,
     /// When an operation was last found to have run.
     last_end: Instant,
@@ -235,15 +226,9 @@ impl NcclEngine {
             let stream = &self.lanes[Channel::AllToAll as usize].stream;
             connect(&self.device, stream, &self.heartbeat, communicator, 1 + self.ranks, |at| {
                 let bytes = size_of::<f32>();
-                communicator.group(|| {
-                    communicator.partners().try_for_each(|(to, from)| {
-                        let place = at + ((1 + from) * bytes) as u64;
-                        // SAFETY: `connect` keeps the memory.
-                        unsafe { communicator.send(at, bytes, to, stream.raw()) }?;
-                        // SAFETY: as above.
-                        unsafe { communicator.receive(place, bytes, from, stream.raw()) }
-                    })
-                })
+                let pieces = |_, from| [[(at, bytes), (at + ((1 + from) * bytes) as u64, bytes)]];
+                // SAFETY: `connect` keeps the memory.
+                unsafe { communicator.exchange(stream.raw(), pieces) }
             })?;
         }
         self.make_groups()
@@ -409,27 +394,19 @@ impl NcclEngine {
         for Pieces { from, to, send, recv } in sets {
             let ((own_from, own), (own_to, own_received)) = (send[self.rank], recv[self.rank]);
             let own = own_bytes(own, own_received)?;
-            if own > 0 {
-                // SAFETY: the pieces are within buffers that stay in their lane's queue until all of it has run, or are with a
-                // compute thread whose stream waits for that.
-                unsafe { memcpy_dtod_async(to + own_to, from + own_from, own, stream.raw()) }
-                    .map_err(|error| Fault(format!("cuMemcpyDtoDAsync failed: {error}")))?;
-            }
+            // SAFETY: the pieces are within buffers that stay in their lane's queue until all of it has run, or are with a
+            // compute thread whose stream waits for that.
+            unsafe { copy_bytes(stream, from + own_from, to + own_to, own) }?;
         }
         let Some(communicator) = &self.all_to_all else { return Ok(()) };
-        communicator.group(|| {
-            for (to, from) in communicator.partners() {
-                for pieces in sets {
-                    let ((send_start, send), (recv_start, recv)) = (pieces.send[to], pieces.recv[from]);
-                    // SAFETY: as above; what is received overlaps nothing, and nobody else has the buffers.
-                    unsafe {
-                        communicator.send(pieces.from + send_start, send, to, stream.raw())?;
-                        communicator.receive(pieces.to + recv_start, recv, from, stream.raw())?;
-                    }
-                }
-            }
-            Ok(())
-        })
+        let pieces = |to: usize, from: usize| {
+            sets.iter().map(move |pieces| {
+                let ((send_start, send), (recv_start, recv)) = (pieces.send[to], pieces.recv[from]);
+                [(pieces.from + send_start, send), (pieces.to + recv_start, recv)]
+            })
+        };
+        // SAFETY: as above; what is received overlaps nothing, and nobody else has the buffers.
+        unsafe { communicator.exchange(stream.raw(), pieces) }
     }
 
     fn staged_exchange(&mut self, index: u32, exchange: Exchange) -> Result<Task, Fault> {
@@ -471,7 +448,8 @@ impl NcclEngine {
         if let Task::Exchange { index, exchange, .. } = &mut operation.task
             && let Some(exchange) = exchange.take()
         {
-            self.handed_back.push((*index, AnyExchange::Device(exchange), Box::new(Complete(event))));
+            let hold = move |clock: &mut ComputeClock| clock.hold(&event);
+            self.handed_back.push((*index, AnyExchange::Device(exchange), Box::new(hold)));
         }
         Ok(())
     }
@@ -754,7 +732,7 @@ impl Engine for NcclEngine {
         self.failure.clone().map_or(Ok(()), Err)
     }
 
-    fn take_launched(&mut self) -> Vec<(u32, AnyExchange, Box<dyn Awaitable>)> {
+    fn take_launched(&mut self) -> Vec<(u32, AnyExchange, Hold)> {
         // After a failure they stay, until the device is done with them.
         if self.failure.is_some() { Vec::new() } else { std::mem::take(&mut self.handed_back) }
     }

@@ -277,12 +277,6 @@ impl Communicator {
         (self.member, self.members)
     }
 
-    /// Whom this member sends to and receives from where all send to all: the nearest first, with other partners each time.
-    pub(super) fn partners(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (member, members) = self.place();
-        (1..members).map(move |distance| ((member + distance) % members, (member + members - distance) % members))
-    }
-
     /// What it is at.
     ///
     /// # Errors
@@ -318,32 +312,39 @@ impl Communicator {
         outcome.and(end)
     }
 
-    /// Sends `bytes` bytes, if any, at the device address `from` to member `peer`, in the order of `stream`.
+    /// Exchanges memory with all other members, as one operation in the order of `stream`: `pieces` says what is sent to the
+    /// first and what is received from the second of two members, as device addresses and bytes. Nothing is ordinary.
     ///
     /// # Safety
-    /// The memory must stay, unchanged, until the operation has run or the communicator is aborted.
-    pub(super) unsafe fn send(&self, from: u64, bytes: usize, peer: usize, stream: CUstream) -> Result<(), Fault> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let from = from as *const c_void;
-        // SAFETY: the handle lives; the caller vouches for the memory.
-        let code = unsafe { (self.nccl.functions.send)(from, bytes, BYTES, peer as c_int, self.handle, stream) };
-        self.nccl.checked("ncclSend", self.handle, code)
-    }
-
-    /// Receives `bytes` bytes, if any, from member `peer` at the device address `to`, in the order of `stream`.
-    ///
-    /// # Safety
-    /// The memory must stay, touched by nobody, until the operation has run or the communicator is aborted.
-    pub(super) unsafe fn receive(&self, to: u64, bytes: usize, peer: usize, stream: CUstream) -> Result<(), Fault> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let to = to as *mut c_void;
-        // SAFETY: the handle lives; the caller vouches for the memory.
-        let code = unsafe { (self.nccl.functions.recv)(to, bytes, BYTES, peer as c_int, self.handle, stream) };
-        self.nccl.checked("ncclRecv", self.handle, code)
+    /// What is sent must stay, unchanged, and what is received into, touched by nobody, until the operation has run or the
+    /// communicator is aborted.
+    pub(super) unsafe fn exchange<P: IntoIterator<Item = [(u64, usize); 2]>>(
+        &self,
+        stream: CUstream,
+        pieces: impl Fn(usize, usize) -> P,
+    ) -> Result<(), Fault> {
+        let (member, members) = self.place();
+        let Functions { send, recv, .. } = &self.nccl.functions;
+        self.group(|| {
+            // The nearest first, with other partners each time.
+            for distance in 1..members {
+                let (to, from) = ((member + distance) % members, (member + members - distance) % members);
+                for [(out, sent), (into, received)] in pieces(to, from) {
+                    if sent > 0 {
+                        // SAFETY: the handle lives; the caller vouches for the memory.
+                        let code = unsafe { send(out as *const c_void, sent, BYTES, to as c_int, self.handle, stream) };
+                        self.nccl.checked("ncclSend", self.handle, code)?;
+                    }
+                    if received > 0 {
+                        // SAFETY: as above.
+                        let code =
+                            unsafe { recv(into as *mut c_void, received, BYTES, from as c_int, self.handle, stream) };
+                        self.nccl.checked("ncclRecv", self.handle, code)?;
+                    }
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Sums `elements` f32 at the device address `at` over the members, in place, in the order of `stream`.

@@ -5,11 +5,11 @@
 //! the first member to the last, and sends the sum to all. These are as many bytes as in a ring, so that it costs little where
 //! every rank has its own way into the network, and more where ranks share one.
 
-use lina_cuda::cudarc::driver::result::memcpy_dtod_async;
 use lina_cuda::{Buffer, CudaError, DType, Device, PartSum, Stream};
 use lina_plan::share_range;
 
 use super::library::Communicator;
+use crate::device::copy_bytes;
 use crate::processes::Fault;
 
 const F32_BYTES: usize = size_of::<f32>();
@@ -78,11 +78,7 @@ impl OrderedSums {
             (at + (range.start * F32_BYTES) as u64, range.len() * F32_BYTES)
         };
         let needed = pieces.iter().map(|&(_, elements)| members * share_range(elements, members, member).len()).sum();
-        if self.parts.len() < needed {
-            // The old memory first: both may not fit.
-            self.parts = Buffer::new(stream, 0, DType::F32)?;
-            self.parts = Buffer::new(stream, needed, DType::F32)?;
-        }
+        self.parts.grow(needed)?;
         let first = self.parts.whole().ptr();
         // Each piece with where its parts begin.
         let placed = || {
@@ -94,26 +90,18 @@ impl OrderedSums {
         };
         for (piece, begin) in placed() {
             let (from, bytes) = range(piece, member);
-            if bytes > 0 {
-                // SAFETY: this member's place among the parts, which nothing else uses in this stream before it is summed.
-                unsafe { memcpy_dtod_async(begin + (member * bytes) as u64, from, bytes, stream.raw()) }
-                    .map_err(|error| Fault(format!("cuMemcpyDtoDAsync failed: {error}")))?;
-            }
+            // SAFETY: this member's place among the parts, which nothing else uses in this stream before it is summed.
+            unsafe { copy_bytes(stream, from, begin + (member * bytes) as u64, bytes) }?;
         }
-        communicator.group(|| {
-            for (piece, begin) in placed() {
-                for (to, from) in communicator.partners() {
-                    let ((theirs, out), (_, mine)) = (range(piece, to), range(piece, member));
-                    // SAFETY: the caller keeps the piece; the parts stay as long as this value, and those that it gives
-                    // back are used again only behind this in the stream.
-                    unsafe {
-                        communicator.send(theirs, out, to, stream.raw())?;
-                        communicator.receive(begin + (from * mine) as u64, mine, from, stream.raw())?;
-                    }
-                }
-            }
-            Ok(())
-        })?;
+        let collected = |to, from| {
+            placed().map(move |(piece, begin)| {
+                let mine = range(piece, member).1;
+                [range(piece, to), (begin + (from * mine) as u64, mine)]
+            })
+        };
+        // SAFETY: the caller keeps the pieces; the parts stay as long as this value, and those that it gives back are used
+        // again only behind this in the stream.
+        unsafe { communicator.exchange(stream.raw(), collected) }?;
         settled()?;
         for (piece, begin) in placed() {
             let (sum, bytes) = range(piece, member);
@@ -122,18 +110,8 @@ impl OrderedSums {
             // SAFETY: the caller keeps the piece, of which this member's range is nobody else's.
             unsafe { self.kernel.enqueue(stream, parts, members, sum) }?;
         }
-        communicator.group(|| {
-            for (piece, _) in placed() {
-                for (to, from) in communicator.partners() {
-                    let ((sum, out), (theirs, coming)) = (range(piece, member), range(piece, from));
-                    // SAFETY: the caller keeps the piece; ranges of different members do not overlap.
-                    unsafe {
-                        communicator.send(sum, out, to, stream.raw())?;
-                        communicator.receive(theirs, coming, from, stream.raw())?;
-                    }
-                }
-            }
-            Ok(())
-        })
+        let told = |_, from| pieces.iter().map(move |piece| [range(piece, member), range(piece, from)]);
+        // SAFETY: the caller keeps the pieces; ranges of different members do not overlap.
+        unsafe { communicator.exchange(stream.raw(), told) }
     }
 }

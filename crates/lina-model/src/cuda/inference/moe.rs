@@ -251,8 +251,7 @@ impl Moe {
         gpu.grow(&mut self.returned, rows * hidden)?;
         let few = self.few_arrive();
         let Moe { shape, plan, places, places_on_device, slots, inputs, projected, units, returned, .. } = self;
-        let index = places_on_device.slice(choices + rows..places.len());
-        let chosen = few.then(|| ChosenExperts { index, top_k: 1, slots: slots.whole() });
+        let chosen = few.then(|| in_slots(places_on_device.slice(choices + rows..places.len()), slots));
         let network = Network { gpu, shape: *shape, chunk: &plan.chunk, chosen };
         let scratch = [projected.whole_mut(), units.whole_mut()];
         let inputs = inputs.slice(0..rows * hidden);
@@ -292,10 +291,7 @@ impl Moe {
         let chunk = &self.plan.chunk;
         let combine = kind(Leg::Combine, layer.layer);
         let mut exchange = self.exchanges.take(gpu, combine, hidden, &chunk.recv_rows, &chunk.send_rows)?;
-        let chosen = few.then(|| {
-            let index = self.places_on_device.slice(places);
-            ChosenExperts { index, top_k: 1, slots: self.slots.whole() }
-        });
+        let chosen = few.then(|| in_slots(self.places_on_device.slice(places), &self.slots));
         let network = Network { gpu, shape: self.shape, chunk, chosen };
         let inputs = if few { arrived } else { self.inputs.slice(0..rows * hidden) };
         let scratch = [self.projected.whole_mut(), self.units.whole_mut()];
@@ -333,6 +329,11 @@ impl Moe {
         }
         Ok(())
     }
+}
+
+/// Rows that go to the slots that `index` names; `slots` is 0, 1, 2 ...
+fn in_slots<'a>(index: Slice<'a>, slots: &'a DeviceBuffer) -> ChosenExperts<'a> {
+    ChosenExperts { index, top_k: 1, slots: slots.whole() }
 }
 
 /// What the experts of a layer are to compute.
