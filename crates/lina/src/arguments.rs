@@ -401,7 +401,13 @@ pub(crate) struct GenerateArguments {
     #[arg(value_name = "MODEL_DIR")]
     pub(crate) model: PathBuf,
     /// Text to go on from.
-    #[arg(long, value_name = "TEXT", required_unless_present = "prompt_file", conflicts_with = "prompt_file")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        required_unless_present = "prompt_file",
+        conflicts_with = "prompt_file",
+        allow_hyphen_values = true
+    )]
     pub(crate) prompt: Option<String>,
     /// File with the text to go on from, all of it.
     #[arg(long, value_name = "FILE")]
@@ -431,7 +437,7 @@ pub(crate) struct GenerateArguments {
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
     /// Ends the answer before this text; may be repeated.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) stop: Vec<String>,
     #[command(flatten)]
     pub(crate) job: JobArguments,

@@ -48,6 +48,10 @@ fn one_answer_however_it_is_asked_for() {
     fs::write(path.join("prompt.txt"), "line 7").unwrap();
     let from_file = ["generate", "run/checkpoint-3", "--prompt-file", "prompt.txt", "--max-new-tokens", "40", "--json"];
     assert_eq!(json(path, &from_file)["text"], value["text"]);
+    // A text may begin like an option.
+    let dashed =
+        ["generate", "run/checkpoint-3", "--prompt", "- line", "--stop", "--", "--max-new-tokens", "3", "--json"];
+    assert_eq!(json(path, &dashed)["prompt_tokens"], 6);
     let quiet = lina(path, &[&GENERATE[..], &["--max-new-tokens", "3", "--quiet"]].concat());
     assert!(quiet.status.success() && quiet.stderr.is_empty());
 }
@@ -67,7 +71,9 @@ fn draws_repeat_and_answers_stop() {
     assert!(other["seed"].is_u64());
 
     let text = other["text"].as_str().unwrap();
-    let stop: String = text.chars().skip(8).take(3).collect();
+    // Any bytes may have been drawn, but an argument holds no zero.
+    let characters: Vec<char> = text.chars().collect();
+    let stop = characters.windows(3).skip(8).find(|stop| !stop.contains(&'\0')).unwrap().iter().collect::<String>();
     let seed = other["seed"].to_string();
     let options = ["--max-new-tokens", "30", "--temperature", "1.5", "--seed", &seed, "--stop", &stop];
     let stopped = generated(path, &options);

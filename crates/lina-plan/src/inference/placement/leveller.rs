@@ -8,6 +8,7 @@
 //! chain can relieve is in a set of devices that must do their work themselves.
 
 use super::{EMPTY, LayerLoads, PlacementCosts};
+use crate::split::share_range;
 
 /// Pours have to gain this share of the slowest device's time, else rows are pushed.
 const LEAST_GAIN: f64 = 1e-3;
@@ -195,10 +196,39 @@ impl<'a> Leveller<'a> {
             }
         }
         self.relieve(self.devices.len());
+        self.push_all();
+        if self.wire_ns > 0.0 {
+            self.level_from_even(&replicated);
+        }
+    }
+
+    /// Pushes from the slowest device until there is no way.
+    fn push_all(&mut self) {
         for _ in 0..MOST_PUSHES * self.devices.len() {
             if !self.push(self.slowest().0) {
                 break;
             }
+        }
+    }
+
+    /// Starts once more with every `replicated` expert divided evenly, if that is better than what pours and pushes came
+    /// to: where a row's way costs more than the row, the way to the optimum may need several experts at once.
+    fn level_from_even(&mut self, replicated: &[u32]) {
+        let mut levelled = RowsBefore::default();
+        self.remember(&mut levelled);
+        let levelled_ns = self.slowest().1;
+        for &expert in replicated {
+            let total = self.loads.rows(expert as usize) as usize;
+            let copies = self.copies(expert);
+            for i in 0..copies {
+                let slot = self.places[expert as usize][i] as usize;
+                self.set_rows(slot, share_range(total, copies, i).len() as u64);
+            }
+        }
+        if self.slowest().1 < levelled_ns {
+            self.push_all();
+        } else {
+            self.restore(&levelled);
         }
     }
 
@@ -276,11 +306,12 @@ impl<'a> Leveller<'a> {
         Pouring { least_rows, least_ns, segments, taken: 0 }
     }
 
-    /// Makes `device` faster and no other as slow: rows are pushed to another holder of their expert, or along the
-    /// shortest chain of replicas; where the link counts, rows of others are exchanged for rows of its own. Returns
-    /// whether there was a way.
+    /// Makes `device` faster and no other as slow: rows are pushed to another holder of their expert, where that gains
+    /// most, or along the shortest chain of replicas; where the link counts, rows of others are exchanged for rows of its
+    /// own. Returns whether there was a way.
     fn push(&mut self, device: usize) -> bool {
         let slowest_ns = self.time_ns(device);
+        let mut best: Option<(f64, (usize, usize), u64)> = None;
         for slot in self.slots_of(device) {
             for i in 0..self.places_of(slot) {
                 let place = self.places[self.contents[slot] as usize][i] as usize;
@@ -290,10 +321,16 @@ impl<'a> Leveller<'a> {
                     continue;
                 }
                 let half = ((slowest_ns - self.time_ns(to)) / (2.0 * self.row_ns)) as u64;
-                if self.try_moves(&[(slot, place)], half.max(1), &[device, to], slowest_ns) {
-                    return true;
+                if let Some((rows, after_ns)) = self.helps(&[(slot, place)], half.max(1), &[device, to], slowest_ns)
+                    && best.is_none_or(|(least_ns, ..)| after_ns < least_ns)
+                {
+                    best = Some((after_ns, (slot, place), rows));
                 }
             }
+        }
+        if let Some((_, push, rows)) = best {
+            self.move_rows(&[push], rows);
+            return true;
         }
         self.push_along_chain(device, slowest_ns) || (self.wire_ns > 0.0 && self.exchange(device, slowest_ns))
     }
@@ -376,24 +413,34 @@ impl<'a> Leveller<'a> {
     /// Moves up to `most` rows from each slot to its partner, if that makes the devices `faster` than `slowest_ns` and
     /// none slower than that.
     fn try_moves(&mut self, moves: &[(usize, usize)], most: u64, faster: &[usize], slowest_ns: f64) -> bool {
+        let found = self.helps(moves, most, faster, slowest_ns);
+        if let Some((rows, _)) = found {
+            self.move_rows(moves, rows);
+        }
+        found.is_some()
+    }
+
+    /// How many rows [`try_moves`](Leveller::try_moves) moves, and the time in ns of the slowest of the devices `faster`
+    /// after that. All stays as it was.
+    fn helps(&mut self, moves: &[(usize, usize)], most: u64, faster: &[usize], slowest_ns: f64) -> Option<(u64, f64)> {
         let given = moves.iter().map(|&(gives, _)| self.rows[gives]).min().unwrap_or(0);
-        let mut amount = most.min(given);
+        let most = most.min(given);
+        let mut amount = most;
         while amount > 0 {
             self.move_rows(moves, amount);
             let slower = moves.iter().any(|&(_, takes)| self.time_ns(takes / self.slots) > slowest_ns);
-            let fast_ns = slowest_ns * (1.0 - LEAST_PUSH_GAIN);
-            if !slower && faster.iter().all(|&device| self.time_ns(device) < fast_ns) {
-                return true;
-            }
+            let after_ns = faster.iter().map(|&device| self.time_ns(device)).fold(0.0, f64::max);
             self.move_back(moves, amount);
+            if !slower && after_ns < slowest_ns * (1.0 - LEAST_PUSH_GAIN) {
+                return Some((amount, after_ns));
+            }
             // Times are convex in the amount: if one row does not help, none of the amounts does.
-            amount = if amount == most.min(given) && amount > 2 && !self.one_helps(moves, faster, slowest_ns) {
-                0
-            } else {
-                amount / 2
-            };
+            if amount == most && amount > 2 && !self.one_helps(moves, faster, slowest_ns) {
+                return None;
+            }
+            amount /= 2;
         }
-        false
+        None
     }
 
     /// Whether moving one row makes no device slower than `slowest_ns` and those in `faster` not as slow.
@@ -524,6 +571,37 @@ mod tests {
         bound.max().unwrap()
     }
 
+    /// Experts poured one after another come to 1403 ns here, from where no push helps.
+    #[test]
+    fn even_shares_are_a_start_where_a_rows_way_costs_more_than_the_row() {
+        let (o, a, b, c) = (None, Some(0), Some(1), Some(2));
+        let placement = ExpertPlacement::new(3, 4, 3, vec![a, o, o, b, o, c, c, b, o, a, o, c]).unwrap();
+        let assigned = [27, 117, 48, 102, 106, 134, 17, 94, 145, 190, 105, 8];
+        let costs = PlacementCosts { row_ns: 2.0, wire_row_ns: 2.740032795516816, copy_ns: 0.0 };
+        let level_ns = placement.shares(&assigned, &costs).makespan_ns(&costs);
+        let even_ns = placement.even_shares(&assigned).makespan_ns(&costs);
+        assert!(level_ns < even_ns && even_ns < 1330.0, "{level_ns} ns, even shares {even_ns} ns");
+    }
+
+    /// Of several ways, the first that gains anything may gain next to nothing: 813 ns after as many pushes as there may be.
+    #[test]
+    fn rows_are_pushed_where_that_gains_most() {
+        let holders = [[0, 2, -1, -1], [1, 4, 0, -1], [2, 1, 0, 5], [3, -1, 0, 5], [4, 0, 3, -1], [5, 0, 3, 1]];
+        let slots = holders.as_flattened().iter().map(|&expert| u32::try_from(expert).ok()).collect();
+        let placement = ExpertPlacement::new(6, 6, 4, slots).unwrap();
+        let assigned = [
+            [2, 28, 10, 7, 25, 2],
+            [158, 19, 44, 24, 36, 5],
+            [188, 72, 11, 27, 7, 25],
+            [38, 73, 30, 3, 10, 10],
+            [189, 91, 23, 5, 13, 24],
+            [173, 10, 22, 48, 16, 7],
+        ];
+        let costs = PlacementCosts { row_ns: 2.0, wire_row_ns: 0.9892794446066394, copy_ns: 0.0 };
+        let level_ns = placement.shares(assigned.as_flattened(), &costs).makespan_ns(&costs);
+        assert!(level_ns < 781.0, "{level_ns} ns");
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
@@ -553,10 +631,8 @@ mod tests {
                 }
             }
             let (level, even) = (placement.shares(&assigned, &costs), placement.even_shares(&assigned));
-            // Less a row on each device, which rounding may cost.
-            let rounding = costs.row_ns + 2.0 * wire;
             let (level_ns, even_ns) = (level.makespan_ns(&costs), even.makespan_ns(&costs));
-            prop_assert!(level_ns <= 1.03 * even_ns + rounding, "{level_ns} ns, even shares {even_ns} ns");
+            prop_assert!(level_ns <= even_ns * (1.0 + LEAST_PUSH_GAIN), "{level_ns} ns, even shares {even_ns} ns");
         }
 
         #[test]
