@@ -166,7 +166,7 @@ pub fn few_rows(
     multiply(gpu, Operation::Rows, of_step, units, of_step.choices, b, None, rows)
 }
 
-/// Up to [`MAX_FEW_TOKENS`] rows times a matrix, transposed, plus `addend` if there is one: what [`matmul`](crate::matmul)
+/// Up to [`MAX_FEW_TOKENS`] rows times a matrix, transposed, plus `addend` if there is one: what [`matmul`](crate::matmul())
 /// computes too, but a row's bits do not depend on how many there are. Rows and matrices in bf16 that are not aligned for
 /// 16-byte accesses are computed much slower.
 ///

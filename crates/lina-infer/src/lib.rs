@@ -5,7 +5,7 @@
 //! | what does a step feed, and what comes out? | [`StepPlan`], [`StepOutput`] (`backend`) |
 //! | who runs it? | a [`Backend`]: a model on the ranks of a job (`ranks`), started by [`with_engine`] (`job`) |
 //! | what do ranks compute on? | [`Device`] (`device`) |
-//! | what do tokens choose next? | [`profile`] |
+//! | what do tokens choose next? | [`profile()`] |
 //! | how do schedulers of experts compare? | [`bench_infer`] (`bench`) |
 //! | how far is a token from reading its weights? | [`bench_decode`] (`decode`) |
 //! | how is a token chosen? | [`Sampling`], [`Sampler`] (`sampling`) |
