@@ -229,7 +229,8 @@ impl DeviceClock {
 /// Copies on the device, in the order of `stream`; like to like.
 pub(crate) fn copy(stream: &Stream, from: Slice<'_>, to: SliceMut<'_>) -> Result<(), CudaError> {
     assert_eq!((from.len(), from.dtype()), (to.len(), to.dtype()), "like is copied to like");
-    // SAFETY: both views are of as many bytes of device memory, and the destination is exclusively borrowed.
+    // SAFETY: both views are of as many bytes of device memory, and the destination is exclusively borrowed; what comes
+    // after, a write or the memory's release, is enqueued on the same stream.
     unsafe { copy_bytes(stream, from.ptr(), to.ptr(), from.len() * from.dtype().bytes()) }
 }
 

@@ -543,7 +543,8 @@ impl<E: Engine> CommThread<E> {
         }
     }
 
-    /// Takes submissions, launches, polls. Returns whether anything happened, or `None` when all is over.
+    /// Looks what is ready, polls, takes submissions, launches. Whatever a ready submission came after has happened too, so
+    /// that `poll` finds it and the brain hears of it before. Returns whether anything happened, or `None` when all is over.
     fn round(&mut self) -> Option<bool> {
         let mut mail = self.mailbox.lock();
         mail.poked = false;
@@ -558,29 +559,24 @@ impl<E: Engine> CommThread<E> {
             return None;
         }
         drop(mail);
-        let (taken, mut deciding) = self.take_submissions();
-        let mut busy = taken;
-        self.launch();
+        let ready = self.ready_submissions();
         let mut finished = std::mem::take(&mut self.finished);
         let outcome = self.engine.poll(&mut finished);
-        busy |= !finished.is_empty();
-        let launched = self.engine.take_launched();
-        if !launched.is_empty() {
-            busy = true;
-            let exchanged = |(index, exchange, hold)| Exchanged { index, exchange, hold: Some(hold) };
-            let mut mail = self.mailbox.lock();
-            mail.incomplete += launched.len();
-            mail.exchanges.extend(launched.into_iter().map(exchanged));
-            drop(mail);
-            self.mailbox.tell_compute();
-        }
+        let mut busy = !finished.is_empty();
+        busy |= self.hand_back();
         let deciding_started = Instant::now();
         for (begin, finished) in finished.drain(..) {
             self.finish(begin, finished);
         }
         self.finished = finished;
-        deciding += deciding_started.elapsed();
+        let mut deciding = deciding_started.elapsed();
+        if outcome.is_ok() {
+            let (taken, deciding_on_them) = self.take_submissions(ready);
+            busy |= taken;
+            deciding += deciding_on_them;
+        }
         self.launch();
+        busy |= self.hand_back();
         let mut mail = self.mailbox.lock();
         mail.stats.deciding_wall += deciding.as_nanos() as Nanos;
         let all_taken = self.submissions.is_empty() && mail.submissions.is_empty();
@@ -607,19 +603,12 @@ impl<E: Engine> CommThread<E> {
         Some(busy)
     }
 
-    /// Tells the brain of the submissions that are ready, in their order. Returns whether there was one, and how long the
-    /// brain took.
-    fn take_submissions(&mut self) -> (bool, Duration) {
-        let (mut taken, mut deciding) = (false, Duration::ZERO);
-        while let Some(Posted { ready, submission }) = self.submissions.front_mut() {
-            // The host may be ahead of its device, but a step ends for the brain before the next one begins.
-            let begins = matches!(submission, Submission::BeginStep { .. } | Submission::Groups(_));
-            if begins && self.mailbox.lock().incomplete > 0 {
-                break;
-            }
+    /// How many submissions are ready, of the first ones.
+    fn ready_submissions(&mut self) -> usize {
+        for (i, Posted { ready, .. }) in self.submissions.iter_mut().enumerate() {
             match ready.as_mut().map_or(Ok(true), |ready| ready.is_ready()) {
-                Ok(true) => {}
-                Ok(false) => break,
+                Ok(true) => *ready = None,
+                Ok(false) => return i,
                 Err(reason) => {
                     let failure = CommError::RankFailed { rank: self.config.rank, reason };
                     self.mailbox.fail(failure.clone());
@@ -627,6 +616,39 @@ impl<E: Engine> CommThread<E> {
                     self.submissions.clear();
                     break;
                 }
+            }
+        }
+        self.submissions.len()
+    }
+
+    /// Gives the compute thread what it may have back before it is complete. Returns whether there was anything.
+    fn hand_back(&mut self) -> bool {
+        let launched = self.engine.take_launched();
+        if launched.is_empty() {
+            return false;
+        }
+        let mut mail = self.mailbox.lock();
+        mail.incomplete += launched.len();
+        mail.exchanges.extend(launched.into_iter().map(|(index, exchange, hold)| Exchanged {
+            index,
+            exchange,
+            hold: Some(hold),
+        }));
+        drop(mail);
+        self.mailbox.tell_compute();
+        true
+    }
+
+    /// Tells the brain of the first `ready` submissions, in their order. Returns whether there was one, and how long the
+    /// brain took.
+    fn take_submissions(&mut self, ready: usize) -> (bool, Duration) {
+        let (mut taken, mut deciding) = (false, Duration::ZERO);
+        for _ in 0..ready {
+            let Some(Posted { submission, .. }) = self.submissions.front() else { break };
+            // The host may be ahead of its device, but a step ends for the brain before the next one begins.
+            let begins = matches!(submission, Submission::BeginStep { .. } | Submission::Groups(_));
+            if begins && self.mailbox.lock().incomplete > 0 {
+                break;
             }
             let Some(Posted { submission, .. }) = self.submissions.pop_front() else { break };
             taken = true;
@@ -893,6 +915,39 @@ mod tests {
         port.check().unwrap();
         drop(port);
         assert_eq!(*left_under_way.lock().unwrap(), Some(0));
+    }
+
+    /// Has an all-to-all complete at the moment at which what comes after it is ready.
+    struct ReadyWhenComplete(Arc<AtomicBool>);
+
+    impl Ready for ReadyWhenComplete {
+        fn is_ready(&mut self) -> Result<bool, String> {
+            self.0.store(true, Ordering::Relaxed);
+            Ok(true)
+        }
+    }
+
+    #[test]
+    fn the_brain_hears_of_an_all_to_all_before_it_hears_of_what_came_after() {
+        let complete = Arc::new(AtomicBool::new(false));
+        let engine = EarlyEngine {
+            launched: Vec::new(),
+            under_way: VecDeque::new(),
+            held: Arc::default(),
+            complete: Arc::clone(&complete),
+            left_under_way: Arc::default(),
+        };
+        let mut port = ThreadedPort::start(config(), Arc::new(Mailbox::new()), || Ok(engine)).unwrap();
+        begin_step(&mut port);
+        port.submit(Submission::AllToAll(exchange(0))).unwrap();
+        port.wait_all_to_all(0).unwrap();
+        let ready = Some(Box::new(ReadyWhenComplete(complete)) as Box<dyn Ready>);
+        port.mailbox.lock().submissions.push_back(Posted { submission: Submission::AllToAll(exchange(1)), ready });
+        port.submit(Submission::Flush).unwrap();
+        port.wait_all_to_all(1).unwrap();
+        port.wait_gradients().unwrap();
+        let windows = port.timings().windows;
+        assert!(windows[1] > 0.0, "the gap between the two has a length: {windows:?}");
     }
 
     #[test]

@@ -135,7 +135,7 @@ impl Buffer {
         Ok(Buffer { ptr, len, dtype, stream: stream.clone() })
     }
 
-    /// Makes it at least `len` long, with whatever is in it; it grows by a quarter at least, so that a slowly rising demand
+    /// Makes it at least `len` long, after which anything may be in it; it grows by a quarter at least, so that a slowly rising demand
     /// rarely allocates.
     ///
     /// # Errors
