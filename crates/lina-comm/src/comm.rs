@@ -281,9 +281,9 @@ impl Comm {
         self.port.check()
     }
 
-    /// Hands over a finished gradient to be summed over its group, in rank order (on engine `nccl` in an order of NCCL's, unless asked otherwise);
-    /// returns at once. Before the last micro-batch of a step the gradient stays with the caller, who need not know which
-    /// one that is.
+    /// Hands over a finished gradient to be summed over its group, in rank order (on engine `nccl` in an order of NCCL's,
+    /// unless asked otherwise); returns at once. Before the last micro-batch of a step the gradient stays with the caller,
+    /// who need not know which one that is.
     ///
     /// # Errors
     /// If the job has failed elsewhere.

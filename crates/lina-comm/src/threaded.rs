@@ -823,6 +823,7 @@ mod tests {
     }
 
     /// Gives exchanges back as soon as they are launched, and finishes them when it is told.
+    #[derive(Default)]
     struct EarlyEngine {
         launched: Vec<(u32, AnyExchange, Hold)>,
         under_way: VecDeque<(Instant, u32, AllToAllKind)>,
@@ -872,15 +873,9 @@ mod tests {
 
     #[test]
     fn an_exchange_that_a_device_carries_out_comes_back_early_and_counts_when_it_is_complete() {
-        let [held, complete] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
-        let left_under_way = Arc::default();
-        let engine = EarlyEngine {
-            launched: Vec::new(),
-            under_way: VecDeque::new(),
-            held: Arc::clone(&held),
-            complete: Arc::clone(&complete),
-            left_under_way: Arc::clone(&left_under_way),
-        };
+        let engine = EarlyEngine::default();
+        let [held, complete] = [&engine.held, &engine.complete].map(Arc::clone);
+        let left_under_way = Arc::clone(&engine.left_under_way);
         let mut port = ThreadedPort::start(config(), Arc::new(Mailbox::new()), || Ok(engine)).unwrap();
         begin_step(&mut port);
         for chunk in 0..2 {
@@ -929,14 +924,8 @@ mod tests {
 
     #[test]
     fn the_brain_hears_of_an_all_to_all_before_it_hears_of_what_came_after() {
-        let complete = Arc::new(AtomicBool::new(false));
-        let engine = EarlyEngine {
-            launched: Vec::new(),
-            under_way: VecDeque::new(),
-            held: Arc::default(),
-            complete: Arc::clone(&complete),
-            left_under_way: Arc::default(),
-        };
+        let engine = EarlyEngine::default();
+        let complete = Arc::clone(&engine.complete);
         let mut port = ThreadedPort::start(config(), Arc::new(Mailbox::new()), || Ok(engine)).unwrap();
         begin_step(&mut port);
         port.submit(Submission::AllToAll(exchange(0))).unwrap();

@@ -135,8 +135,8 @@ impl Buffer {
         Ok(Buffer { ptr, len, dtype, stream: stream.clone() })
     }
 
-    /// Makes it at least `len` long, after which anything may be in it; it grows by a quarter at least, so that a slowly rising demand
-    /// rarely allocates.
+    /// Makes it at least `len` long, after which anything may be in it; it grows by a quarter at least, so that a slowly
+    /// rising demand rarely allocates.
     ///
     /// # Errors
     /// If the device's memory does not suffice.

@@ -166,9 +166,9 @@ pub fn few_rows(
     multiply(gpu, Operation::Rows, of_step, units, of_step.choices, b, None, rows)
 }
 
-/// Up to [`MAX_FEW_TOKENS`] rows times a matrix, transposed, plus `addend` if there is one: what [`matmul`](crate::matmul())
-/// computes too, but a row's bits do not depend on how many there are. Rows and matrices in bf16 that are not aligned for
-/// 16-byte accesses are computed much slower.
+/// Up to [`MAX_FEW_TOKENS`] rows times a matrix, transposed, plus `addend` if there is one: what
+/// [`matmul`](crate::matmul()) computes too, but a row's bits do not depend on how many there are. Rows and matrices in bf16
+/// that are not aligned for 16-byte accesses are computed much slower.
 ///
 /// - `x`: `[rows, k]`, `b`: `[n, k]`, `addend`: `[rows, n]`
 /// - `y`: `[rows, n]`, of their type or f32; overwritten
