@@ -559,7 +559,7 @@ impl<E: Engine> CommThread<E> {
             return None;
         }
         drop(mail);
-        let ready = self.ready_submissions();
+        self.look_for_ready();
         let mut finished = std::mem::take(&mut self.finished);
         let outcome = self.engine.poll(&mut finished);
         let mut busy = !finished.is_empty();
@@ -571,11 +571,12 @@ impl<E: Engine> CommThread<E> {
         self.finished = finished;
         let mut deciding = deciding_started.elapsed();
         if outcome.is_ok() {
-            let (taken, deciding_on_them) = self.take_submissions(ready);
+            let (taken, deciding_on_them) = self.take_submissions();
             busy |= taken;
             deciding += deciding_on_them;
         }
         self.launch();
+        // Without another round: the compute thread may be waiting for it.
         busy |= self.hand_back();
         let mut mail = self.mailbox.lock();
         mail.stats.deciding_wall += deciding.as_nanos() as Nanos;
@@ -603,22 +604,21 @@ impl<E: Engine> CommThread<E> {
         Some(busy)
     }
 
-    /// How many submissions are ready, of the first ones.
-    fn ready_submissions(&mut self) -> usize {
-        for (i, Posted { ready, .. }) in self.submissions.iter_mut().enumerate() {
+    /// Looks which submissions are ready, up to the first that is not; these have nothing left to wait for.
+    fn look_for_ready(&mut self) {
+        for Posted { ready, .. } in &mut self.submissions {
             match ready.as_mut().map_or(Ok(true), |ready| ready.is_ready()) {
                 Ok(true) => *ready = None,
-                Ok(false) => return i,
+                Ok(false) => return,
                 Err(reason) => {
                     let failure = CommError::RankFailed { rank: self.config.rank, reason };
                     self.mailbox.fail(failure.clone());
                     self.engine.fail(failure);
                     self.submissions.clear();
-                    break;
+                    return;
                 }
             }
         }
-        self.submissions.len()
     }
 
     /// Gives the compute thread what it may have back before it is complete. Returns whether there was anything.
@@ -639,12 +639,11 @@ impl<E: Engine> CommThread<E> {
         true
     }
 
-    /// Tells the brain of the first `ready` submissions, in their order. Returns whether there was one, and how long the
-    /// brain took.
-    fn take_submissions(&mut self, ready: usize) -> (bool, Duration) {
+    /// Tells the brain of the submissions that were found ready, in their order. Returns whether there was one, and how long
+    /// the brain took.
+    fn take_submissions(&mut self) -> (bool, Duration) {
         let (mut taken, mut deciding) = (false, Duration::ZERO);
-        for _ in 0..ready {
-            let Some(Posted { submission, .. }) = self.submissions.front() else { break };
+        while let Some(Posted { ready: None, submission }) = self.submissions.front() {
             // The host may be ahead of its device, but a step ends for the brain before the next one begins.
             let begins = matches!(submission, Submission::BeginStep { .. } | Submission::Groups(_));
             if begins && self.mailbox.lock().incomplete > 0 {
